@@ -96,7 +96,7 @@ def encode(tokenizer, prompt: str | Sequence[dict[str, str]], response: str, max
 
 
 def encode_prompt(tokenizer, prompt: str | Sequence[dict[str, str]], max_length: int) -> list[int]:
-    """Token ids up to where the response starts: exactly what `encode` puts before any response (≤ `max_length // 2`)."""
+    """Token ids up to where the response starts, at most `max_length // 2`: what `encode` puts before any response."""
     _check_max_length(max_length)
     opening, _ = _render(tokenizer, parse_prompt(prompt))
     return _cut_middle(_tokenize(tokenizer, [opening])[0], max_length // 2)
@@ -137,7 +137,7 @@ def encode_batch(
 
 
 def _assemble(prompt_ids: list[int], response_ids: list[int], closing_ids: list[int], max_length: int) -> Encoded:
-    """Apply the length rule. A cut response is closed like a whole one, so that the head always reads the same token."""
+    """Apply the length rule. A cut response is closed like a whole one: the head always reads the same token."""
     kept_prompt = _cut_middle(prompt_ids, max_length // 2)
     room = max_length - len(kept_prompt) - len(closing_ids)
     return Encoded(
@@ -198,7 +198,7 @@ def _guard_for(messages: Messages) -> str:
 
 
 def _render(tokenizer, messages: Messages) -> tuple[Frame, Frame]:
-    """Fill the chat template with `messages` and an open assistant turn; return what stands before and after the answer.
+    """Fill the chat template with `messages` and an answer; return what stands before and after the answer.
 
     Only control tokens that the template wrote count: those inside contents are broken by a guard while it is filled.
     """

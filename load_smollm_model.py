@@ -45,7 +45,7 @@ PAD_TOKEN = "<|endoftext|>"
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # no pickled weights, no code
 
 
-class InputError(Exception):
+class InputError(ValueError):
     """Something the user can mend; the message names what is wrong and the remedy, in one line."""
 
 
@@ -276,6 +276,27 @@ def load_reward_model(path: str, pad_token_id: int, seed: int = SEED, dropout: f
     model.config.pad_token_id = pad_token_id
     model.config.problem_type = "regression"
     return model
+
+
+def load_trained_reward_model(path: str):
+    """Tokenizer and model of a trained reward model, exactly as saved; `max_length` is in the model's config.
+
+    Raises:
+        InputError: not a saved model, not a one-label classifier, or without a trained head.
+    """
+    if not (Path(path) / "config.json").is_file():
+        raise InputError(f"{path}: no trained reward model here; run train_reward_model.py first")
+    tokenizer = _load(AutoTokenizer, path)
+    if not tokenizer.chat_template:
+        raise InputError(f"{path}: the tokenizer has no chat template, so prompts can not be formatted")
+    model, info = _load(AutoModelForSequenceClassification, path, dtype=torch.float32, output_loading_info=True)
+    if info["missing_keys"]:
+        raise InputError(f"{path}: has no trained reward head ({', '.join(sorted(info['missing_keys']))} missing)")
+    if model.config.num_labels != 1:
+        raise InputError(f"{path}: has {model.config.num_labels} labels, but a reward model has one")
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return tokenizer, model.eval()
 
 
 def _load(auto_class, path: str, **options):

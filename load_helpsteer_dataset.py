@@ -1,0 +1,694 @@
+"""Preference pairs from any source become checked, split and tokenised training data.
+
+In:  HelpSteer2 from the hub (where it can not be reached: the sample pairs of this project), or any `--source`.
+Out: `processed_helpsteer/`: a DatasetDict with `train` and `validation`, `metadata.json`, `length_histogram.png`.
+
+    python load_helpsteer_dataset.py
+    python load_helpsteer_dataset.py --source my_pairs.jsonl more_pairs.csv --max_length 512
+    python load_helpsteer_dataset.py --source nvidia/HelpSteer2 --limit 1000
+
+A source is `hub` (the default dataset, an error where it can not be reached), `sample`, a hub id, a file
+(.json, .jsonl, .csv, .parquet, each also .gz) or a directory (files, or laid out like a hub repository).
+"""
+
+import argparse
+import csv
+import gzip
+import hashlib
+import json
+import math
+import random
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ijson
+import matplotlib
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+from datasets import (
+    Dataset,
+    DatasetDict,
+    Features,
+    List,
+    Value,
+    get_dataset_split_names,
+    load_dataset,
+)
+from datasets.arrow_writer import ArrowWriter
+from huggingface_hub import HfApi
+from tqdm.auto import tqdm
+
+from conversations import MIN_MAX_LENGTH, Messages, encode_batch, parse_prompt, response_text
+from load_smollm_model import (
+    MODEL_NAME,
+    InputError,
+    hub_reachable,
+    load_tokenizer,
+    pick_device,
+    replace_directory,
+    resolve_model,
+    run_script,
+    write_text,
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+HUB_DATASET = "esfrankel17/HelpSteer2_binarized"  # hub id of the default source
+HUB_SPLIT = "average_rating_split"  # split of it; its siblings by --split
+OUTPUT_DIR = "processed_helpsteer"  # directory, replaced as a whole
+MAX_LENGTH = 256  # tokens of prompt, response and template together
+MAX_LENGTH_MPS = 128  # tokens, on Apple MPS
+VALIDATION_SHARE = 0.2  # of the pairs, split by prompt
+SEED = 42  # for the split and for --limit
+LIMIT = None  # pairs to keep, drawn at random; None keeps all
+# ---------------------------------------------------------------------------------------------------------------------
+
+SAMPLE_FILE = Path(__file__).parent / "sample_data" / "helpsteer_sample.jsonl"
+FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet")
+ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")  # of a raw HelpSteer2 row
+RATING_COLUMNS = {"chosen": ("chosen_rating", "chosen_score"), "rejected": ("rejected_rating", "rejected_score")}
+BATCH_SIZE = 1000  # rows per step, for reading and tokenising
+PAIR_FEATURES = Features(
+    {
+        "prompt": List({"role": Value("string"), "content": Value("string")}),
+        "chosen": Value("string"),
+        "rejected": Value("string"),
+        "chosen_rating": Value("float64"),
+        "rejected_rating": Value("float64"),
+        "prompt_key": Value("int64"),
+        "pair_key": Value("int64"),
+        "swapped": Value("bool"),
+    }
+)
+KEY_COLUMNS = ["prompt_key", "pair_key", "swapped"]
+COUNT_COLUMNS = ["prompt_length", "chosen_length", "rejected_length", "prompt_cut", "response_cut", "identical"]
+
+
+class BadRow(ValueError):
+    """A row that can not be used; the message is the reason under which it is counted."""
+
+
+class Row(NamedTuple):
+    """One row of a source and where it stands; `problem` is set where it could not even be read."""
+
+    location: str
+    values: dict[str, Any]
+    problem: str | None = None
+
+
+class Source(NamedTuple):
+    """A source, opened: its rows, and in words where they come from."""
+
+    name: str
+    origin: str
+    rows: Iterable[Row]
+
+
+# --- sources: each yields rows ---------------------------------------------------------------------------------------
+
+
+def open_sources(names: list[str] | None, split: str | None) -> list[Source]:
+    """Open the named sources; with none named, the hub's dataset or, out of its reach, the sample."""
+    if names:
+        return [open_source(name, split) for name in names]
+    if hub_reachable():
+        return [open_source("hub", split)]
+    print(f"The hub can not be reached: using the sample pairs in {SAMPLE_FILE.parent.name}/ instead of {HUB_DATASET}.")
+    return [open_source("sample", None)]
+
+
+def open_source(name: str, split: str | None = None) -> Source:
+    """Find one source by name.
+
+    Raises:
+        InputError: no such file, directory or hub dataset; unknown file type or split; hub out of reach.
+    """
+    path = SAMPLE_FILE if name == "sample" else Path(name)
+    if path.is_file():
+        origin = "sample pairs of this project" if name == "sample" else f"local file {name}"
+        return Source(name, origin, read_file(path))
+    if path.is_dir() and not (path / "README.md").is_file():
+        files = sorted(file for file in path.rglob("*") if file_type(file) in FILE_TYPES)
+        if split:
+            files = [file for file in files if file.name.startswith(split)]
+        if not files:
+            raise InputError(f"{name}: no data files here; known types are {', '.join(FILE_TYPES)} (also .gz)")
+        return Source(name, f"local directory {name}", (row for file in files for row in read_file(file)))
+    if path.is_dir():
+        return open_repository(name, f"local directory {name}", split)
+    name = HUB_DATASET if name == "hub" else name
+    if name.count("/") != 1 or file_type(path) in FILE_TYPES:
+        raise InputError(f"{name}: no such file or directory")
+    if not hub_reachable():
+        raise InputError(
+            f"{name}: no such directory, and the hub can not be reached; try again online, or --source sample"
+        )
+    return open_repository(name, f"hub {name}", split)
+
+
+def open_repository(name: str, origin: str, split: str | None) -> Source:
+    """Read a dataset repository with `datasets`: a hub id, or a local directory laid out like one."""
+    try:
+        revision = None if Path(name).is_dir() else HfApi().dataset_info(name).sha
+        splits = get_dataset_split_names(name, revision=revision)
+        split = pick_split(name, splits, split)
+        dataset = load_dataset(name, split=split, revision=revision)
+    except InputError:
+        raise
+    except Exception as error:  # `datasets` raises many types for what is missing, gated or broken
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{name}: can not be read as a dataset ({type(error).__name__}: {reason})") from error
+    rows = (Row(f"{name}, {split} row {number}", row) for number, row in enumerate(dataset, start=1))
+    return Source(name, f"{origin}, {split}" + (f", revision {revision}" if revision else ""), rows)
+
+
+def pick_split(name: str, splits: list[str], wanted: str | None) -> str:
+    """The wanted split, else the default one of HelpSteer2_binarized, else `train`, else the only one."""
+    candidates = [wanted] if wanted else [HUB_SPLIT, "train", *(splits if len(splits) == 1 else [])]
+    for candidate in candidates:
+        if candidate in splits:
+            return candidate
+    raise InputError(f"{name}: choose one of its splits by --split: {', '.join(splits)}")
+
+
+def file_type(path: Path) -> str:
+    """Suffix without compression: `.jsonl` for `pairs.jsonl.gz`."""
+    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+
+
+def read_file(path: Path) -> Iterator[Row]:
+    """Rows of one data file, read as a stream.
+
+    Raises:
+        InputError: unknown type, or broken beyond single rows (damaged compression, Parquet or JSON array).
+    """
+    reader = {".jsonl": read_json, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet}.get(file_type(path))
+    if reader is None:
+        raise InputError(f"{path}: unknown file type; known are {', '.join(FILE_TYPES)} (also .gz)")
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            for number, values, problem in reader(file):
+                if problem is None and not isinstance(values, dict):
+                    values, problem = {}, "not an object with named columns"
+                yield Row(f"{path} row {number}", values, problem)
+    except (OSError, EOFError, ijson.JSONError, pyarrow.ArrowException, UnicodeDecodeError, csv.Error) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"{path}: can not be read to its end ({reason}); restore the file") from error
+
+
+def read_json(file) -> Iterator[tuple[int, Any, str | None]]:
+    """JSON lines, or one array of objects."""
+    start = file.read(1)
+    while start.isspace():
+        start = file.read(1)
+    file.seek(0)
+    if start == b"[":
+        yield from (
+            (number, row, None) for number, row in enumerate(ijson.items(file, "item", use_float=True), start=1)
+        )
+        return
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8")), None
+        except UnicodeDecodeError:
+            yield number, {}, "not valid UTF-8"
+        except (ValueError, RecursionError):
+            yield number, {}, "not valid JSON"
+
+
+def read_csv(file) -> Iterator[tuple[int, Any, str | None]]:
+    csv.field_size_limit(2**31 - 1)
+    lines = (line.decode("utf-8-sig") for line in file)
+    for number, row in enumerate(csv.DictReader(lines), start=2):  # the header is row 1
+        yield number, row, None
+
+
+def read_parquet(file) -> Iterator[tuple[int, Any, str | None]]:
+    number = 0
+    for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=BATCH_SIZE):
+        for row in batch.to_pylist():
+            number += 1
+            yield number, row, None
+
+
+# --- rows become checked pairs ---------------------------------------------------------------------------------------
+
+
+def join_raw_rows(rows: Iterable[Row]) -> Iterator[Row]:
+    """Binarise raw HelpSteer2 rows; rows that are pairs already pass unchanged.
+
+    Two consecutive rows with one prompt become a pair, rated by the mean of the five attributes (0-4, steps of 0.2);
+    the better one is the chosen one.
+    """
+    waiting = None
+    for row in rows:
+        if row.problem is None and "response" in row.values and "chosen" not in row.values:
+            if waiting is None:
+                waiting = row
+            elif waiting.values.get("prompt") == row.values.get("prompt"):
+                yield _raw_pair(waiting, row)
+                waiting = None
+            else:
+                yield waiting._replace(problem="no second response to the prompt")
+                waiting = row
+        else:
+            yield row
+    if waiting is not None:
+        yield waiting._replace(problem="no second response to the prompt")
+
+
+def _raw_pair(first: Row, second: Row) -> Row:
+    try:
+        rated = [
+            (sum(_number(row.values.get(name)) for name in ATTRIBUTES) / len(ATTRIBUTES), row)
+            for row in (first, second)
+        ]
+    except BadRow as error:
+        return first._replace(problem=str(error))
+    rated.sort(key=lambda item: item[0], reverse=True)
+    (chosen_rating, chosen), (rejected_rating, rejected) = rated
+    return Row(
+        first.location,
+        {
+            "prompt": first.values.get("prompt"),
+            "chosen": chosen.values["response"],
+            "rejected": rejected.values["response"],
+            "chosen_rating": chosen_rating,
+            "rejected_rating": rejected_rating,
+        },
+    )
+
+
+def check_pair(row: dict[str, Any]) -> dict[str, Any]:
+    """One row in any published schema becomes a pair in ours.
+
+    Returns:
+        `prompt` (messages), `chosen`, `rejected` (assistant text), `chosen_rating`, `rejected_rating` (float or None).
+
+    Raises:
+        BadRow: the row is unusable; the message says why.
+    """
+    for column in ("chosen", "rejected"):
+        if column not in row:
+            raise BadRow(f"missing column {column}")
+    row = {column: _parsed_messages(value) for column, value in row.items() if isinstance(column, str)}
+    if "prompt" not in row and not isinstance(row["chosen"], list):
+        raise BadRow("missing column prompt")
+    prompt = row["prompt"] if "prompt" in row else row["chosen"][:-1]
+    if prompt is None or row["chosen"] is None or row["rejected"] is None:
+        raise BadRow("null")
+    try:
+        messages = parse_prompt(prompt)
+    except (TypeError, ValueError) as error:
+        raise BadRow("prompt is not a conversation that ends with a user turn") from error
+    if not messages[-1]["content"].strip():
+        raise BadRow("empty prompt")
+    chosen, rejected = (_checked_response(messages, row[side]) for side in ("chosen", "rejected"))
+    if chosen.strip() == rejected.strip():
+        raise BadRow("chosen equals rejected")
+    chosen_rating, rejected_rating = (_rating(row, side) for side in ("chosen", "rejected"))
+    if chosen_rating is None or rejected_rating is None:
+        chosen_rating = rejected_rating = None
+    elif chosen_rating == rejected_rating:
+        raise BadRow("tied ratings")
+    elif chosen_rating < rejected_rating:
+        raise BadRow("rating says the rejected is better")
+    return {
+        "prompt": messages,
+        "chosen": chosen,
+        "rejected": rejected,
+        "chosen_rating": chosen_rating,
+        "rejected_rating": rejected_rating,
+    }
+
+
+def _parsed_messages(value: Any) -> Any:
+    """CSV has no lists: a cell that looks like a JSON message list is read as one."""
+    if isinstance(value, str) and value.startswith("[{") and value.endswith("}]") and "role" in value:
+        try:
+            return json.loads(value)
+        except ValueError as error:
+            raise BadRow("message list is not valid JSON") from error
+    return value
+
+
+def _checked_response(messages: Messages, completion: Any) -> str:
+    try:
+        text = response_text(completion)
+        context = completion[:-1] if isinstance(completion, list) else []
+        agrees = not context or _contents(_repeated_prompt(context)) == _contents(messages)
+    except (TypeError, ValueError) as error:
+        raise BadRow("response is not a text or message list") from error
+    if not text.strip():
+        raise BadRow("empty response")
+    if not agrees:
+        raise BadRow("response repeats another prompt")
+    return text
+
+
+def _repeated_prompt(context: list[dict[str, str]]) -> Messages:
+    """HelpSteer2_binarized repeats a whole prompt, markers included, as the one user message before the answer."""
+    return parse_prompt(context[0]["content"] if len(context) == 1 else context)
+
+
+def _contents(messages: Messages) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"].strip()) for message in messages]
+
+
+def _rating(row: dict[str, Any], side: str) -> float | None:
+    values = [row[name] for name in RATING_COLUMNS[side] if row.get(name) not in (None, "")]
+    return _number(values[0]) if values else None
+
+
+def _number(value: Any) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise BadRow("rating is not a number")
+    return number
+
+
+def pair_keys(pair: dict[str, Any]) -> dict[str, Any]:
+    """Hashes that find equal prompts, and equal or swapped pairs, without holding any text in memory."""
+    prompt = json.dumps(_contents(pair["prompt"]))
+    first, second = sorted((pair["chosen"].strip(), pair["rejected"].strip()))
+    return {
+        "prompt_key": _hash(prompt),
+        "pair_key": _hash(json.dumps([prompt, first, second])),
+        "swapped": first != pair["chosen"].strip(),
+    }
+
+
+def _hash(text: str) -> int:
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
+
+
+class Tally:
+    """Rows read and dropped, with the reasons and the first places where each occurred."""
+
+    def __init__(self):
+        self.read, self.dropped, self.examples = 0, Counter(), {}
+
+    def drop(self, reason: str, count: int = 1, location: str | None = None) -> None:
+        if count:
+            self.dropped[reason] += count
+        if location and len(self.examples.setdefault(reason, [])) < 3:
+            self.examples[reason].append(location)
+
+
+def write_pairs(sources: list[Source], path: Path, tally: Tally) -> Dataset:
+    """Stream all usable rows into one Arrow file."""
+    writer = ArrowWriter(path=str(path), features=PAIR_FEATURES, writer_batch_size=BATCH_SIZE)
+    for source in sources:
+        for row in tqdm(join_raw_rows(source.rows), desc=f"Reading {source.name}", unit=" rows"):
+            tally.read += 1
+            try:
+                if row.problem:
+                    raise BadRow(row.problem)
+                pair = check_pair(row.values)
+            except BadRow as error:
+                tally.drop(str(error), location=row.location)
+                continue
+            writer.write({**pair, **pair_keys(pair)})
+    if sum(tally.dropped.values()) == tally.read:
+        raise InputError(f"{', '.join(source.name for source in sources)}: no usable pair; {_why_nothing(tally)}")
+    writer.finalize()
+    return Dataset.from_file(str(path))
+
+
+def _why_nothing(tally: Tally) -> str:
+    if not tally.read:
+        return "the source is empty"
+    reason, count = tally.dropped.most_common(1)[0]
+    return (
+        f"{count} of {tally.read} rows: {reason} (first: {tally.examples[reason][0]}); mend it or name another --source"
+    )
+
+
+# --- pairs become splits ---------------------------------------------------------------------------------------------
+
+
+def unique_pairs(pair_key: np.ndarray, swapped: np.ndarray) -> tuple[np.ndarray, int, int]:
+    """Indices of pairs to keep: the first of equal ones, none of those that contradict each other.
+
+    Args:
+        pair_key: (N,) int64, the same for equal and for swapped pairs.
+        swapped: (N,) bool, tells a pair from its contradiction.
+
+    Returns:
+        Kept indices in ascending order, number of duplicates, number of pairs in contradictions.
+    """
+    _, first, group = np.unique(pair_key, return_index=True, return_inverse=True)
+    size = np.bincount(group)
+    contradicts = (np.bincount(group, weights=swapped) % size) != 0
+    kept = np.sort(first[~contradicts])
+    contradicting = int(size[contradicts].sum())
+    return kept, len(pair_key) - len(kept) - contradicting, contradicting
+
+
+def split_by_prompt(prompt_key: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Split pairs so that no prompt stands on both sides.
+
+    Args:
+        prompt_key: (N,) hash of each pair's prompt.
+        share: part of the pairs for validation; prompts with several pairs may shift it by a few.
+        seed: of the order in which prompts are drawn.
+
+    Returns:
+        Indices of the training and of the validation pairs, each in ascending order.
+
+    Raises:
+        InputError: fewer than two prompts.
+    """
+    _, prompt, sizes = np.unique(prompt_key, return_inverse=True, return_counts=True)
+    if len(sizes) < 2:
+        raise InputError("all pairs share one prompt; at least two are needed for a training and a validation split")
+    wanted = len(prompt_key) - int(len(prompt_key) * (1 - share))
+    order, taken = list(range(len(sizes))), 0
+    random.Random(seed).shuffle(order)
+    in_validation = np.zeros(len(sizes), dtype=bool)
+    for index in order:
+        if taken + sizes[index] <= wanted:
+            in_validation[index] = True
+            taken += sizes[index]
+    if not in_validation.any():
+        in_validation[min(order, key=lambda index: sizes[index])] = True
+    validation = in_validation[prompt]
+    return np.flatnonzero(~validation), np.flatnonzero(validation)
+
+
+def draw(count: int, limit: int | None, seed: int) -> np.ndarray:
+    """Indices of at most `limit` of `count` items, in ascending order."""
+    if limit is None or limit >= count:
+        return np.arange(count)
+    return np.sort(np.random.default_rng(seed).choice(count, size=limit, replace=False))
+
+
+def tokenize_pairs(dataset: Dataset, tokenizer, max_length: int, name: str) -> Dataset:
+    """Add `chosen_ids`, `rejected_ids`, `length` and the counts that the statistics need."""
+
+    def tokenize(batch: dict[str, list]) -> dict[str, list]:
+        chosen = encode_batch(tokenizer, batch["prompt"], batch["chosen"], max_length)
+        rejected = encode_batch(tokenizer, batch["prompt"], batch["rejected"], max_length)
+        pairs = list(zip(chosen, rejected, strict=True))
+        return {
+            "chosen_ids": [one.ids for one in chosen],
+            "rejected_ids": [one.ids for one in rejected],
+            "length": [max(len(one.ids), len(other.ids)) for one, other in pairs],
+            "prompt_length": [one.prompt_length for one in chosen],
+            "chosen_length": [one.response_length for one in chosen],
+            "rejected_length": [one.response_length for one in rejected],
+            "prompt_cut": [one.prompt_cut for one in chosen],
+            "response_cut": [one.response_cut or other.response_cut for one, other in pairs],
+            "identical": [one.ids == other.ids for one, other in pairs],
+        }
+
+    return dataset.map(
+        tokenize, batched=True, batch_size=BATCH_SIZE, remove_columns=KEY_COLUMNS, desc=f"Tokenising {name}"
+    )
+
+
+# --- statistics ------------------------------------------------------------------------------------------------------
+
+
+def longer_wins(chosen: Iterable[str], rejected: Iterable[str]) -> float:
+    """Accuracy of always preferring the answer with more characters (outer white space aside); ties count half."""
+    wins = [
+        (len(a.strip()) > len(b.strip())) + 0.5 * (len(a.strip()) == len(b.strip()))
+        for a, b in zip(chosen, rejected, strict=True)
+    ]
+    return float(np.mean(wins))
+
+
+def percentiles(values: np.ndarray) -> dict[str, float]:
+    return {f"p{p}": round(float(np.percentile(values, p)), 2) for p in (5, 25, 50, 75, 95, 99, 100)}
+
+
+def statistics(splits: DatasetDict, max_length: int) -> dict[str, Any]:
+    """What the pairs look like and what the length rule did to them; shares are of pairs."""
+    columns = [*COUNT_COLUMNS, "length", "chosen_rating", "rejected_rating"]
+    tables = {name: split.select_columns(columns).with_format("numpy")[:] for name, split in splits.items()}
+    joined = {name: np.concatenate([table[name] for table in tables.values()]) for name in columns}
+    gap = (joined["chosen_rating"] - joined["rejected_rating"]).astype(float)
+    gap = gap[~np.isnan(gap)]
+    longest_whole = joined["prompt_length"] + np.maximum(joined["chosen_length"], joined["rejected_length"])
+    return {
+        "truncated_share": {
+            "prompt": float(joined["prompt_cut"].mean()),
+            "response": float(joined["response_cut"].mean()),
+            "pair": float((joined["prompt_cut"] | joined["response_cut"]).mean()),
+        },
+        "over_max_length_share": float((longest_whole > max_length).mean()),
+        "identical_after_cut": {name: int(table["identical"].sum()) for name, table in tables.items()},
+        "length_percentiles": {
+            "prompt": percentiles(joined["prompt_length"]),
+            "chosen": percentiles(joined["chosen_length"]),
+            "rejected": percentiles(joined["rejected_length"]),
+            "longer_side_after_cut": percentiles(joined["length"]),
+        },
+        "rating_gap": {"n": len(gap), "mean": round(float(gap.mean()), 3), **percentiles(gap)} if len(gap) else None,
+        "longer_wins": {
+            name: longer_wins(
+                (row["chosen"] for row in split.select_columns(["chosen"])),
+                (row["rejected"] for row in split.select_columns(["rejected"])),
+            )
+            for name, split in splits.items()
+        },
+    }
+
+
+def plot_lengths(splits: DatasetDict, max_length: int, path: Path) -> None:
+    """Histogram of prompt and response lengths before the cut."""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
+    columns = {"prompt_length": "prompt", "chosen_length": "chosen", "rejected_length": "rejected"}
+    values = {
+        label: np.concatenate([split.select_columns([name]).with_format("numpy")[:][name] for split in splits.values()])
+        for name, label in columns.items()
+    }
+    last = max(np.percentile(lengths, 99) for lengths in values.values())
+    for label, lengths in values.items():
+        axes.hist(lengths, bins=np.linspace(0, max(last, max_length) * 1.02, 60), histtype="step", label=label)
+    axes.axvline(max_length, color="black", linestyle="--", linewidth=1, label=f"max_length {max_length}")
+    axes.set(
+        xlabel="tokens before the cut (up to the 99th percentile)",
+        ylabel="pairs",
+        title="Lengths of prompts and responses",
+    )
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def summary(metadata: dict[str, Any]) -> str:
+    rows, sizes, cut = metadata["rows"], metadata["splits"], metadata["truncated_share"]
+    longer, gap = metadata["longer_wins"], metadata["rating_gap"]
+    lines = [
+        f"source          {metadata['source']}",
+        f"rows            {rows['read']:,} read, {rows['dropped_total']:,} dropped, {rows['kept']:,} kept",
+        *(f"  dropped       {count:,}: {reason}" for reason, count in rows["dropped"].items()),
+        f"split           {sizes['train']:,} train / {sizes['validation']:,} validation, by unique prompt",
+        f"cut to {metadata['max_length']:<8} {cut['prompt']:.1%} of the prompts; a response in {cut['response']:.1%} of pairs",
+        f"over the limit  {metadata['over_max_length_share']:.1%} of the pairs, kept all the same",
+        f"identical       {sum(metadata['identical_after_cut'].values())} pairs once cut (left out of train)",
+        f"longer wins     {longer['train']:.3f} train, {longer['validation']:.3f} validation",
+    ]
+    if gap:
+        lines.append(f"rating gap      {gap['mean']:.2f} on average, median {gap['p50']:.1f}")
+    return "\n".join(lines)
+
+
+# --- the stages, in order --------------------------------------------------------------------------------------------
+
+
+def prepare(options: argparse.Namespace, work: Path) -> tuple[DatasetDict, dict[str, Any]]:
+    """Read, check, split and tokenise; `work` is a scratch directory. Returns the splits and their metadata."""
+    model = resolve_model(options.model)
+    tokenizer = load_tokenizer(model.path)
+    sources, tally = open_sources(options.source, options.split), Tally()
+    pairs = write_pairs(sources, work / "pairs.arrow", tally)
+
+    keys = pairs.select_columns(KEY_COLUMNS).with_format("numpy")[:]
+    kept, duplicates, contradicting = unique_pairs(keys["pair_key"], keys["swapped"])
+    tally.drop("duplicate pair", duplicates)
+    tally.drop("contradicting pair", contradicting)
+    if not len(kept):
+        raise InputError(f"{', '.join(source.name for source in sources)}: every pair contradicts another one")
+    kept = kept[draw(len(kept), options.limit, options.seed)]
+    train, validation = split_by_prompt(keys["prompt_key"][kept], VALIDATION_SHARE, options.seed)
+    splits = DatasetDict(
+        {
+            name: tokenize_pairs(pairs.select(kept[index]), tokenizer, options.max_length, name)
+            for name, index in (("train", train), ("validation", validation))
+        }
+    )
+    metadata = {
+        "source": " + ".join(source.origin for source in sources),
+        "rows": {
+            "read": tally.read,
+            "dropped_total": sum(tally.dropped.values()),
+            "dropped": dict(tally.dropped),
+            "first_dropped": tally.examples,
+            "limit": options.limit,
+            "kept": len(kept),
+        },
+        "seed": options.seed,
+        "max_length": options.max_length,
+        "tokenizer": model.origin,
+        **statistics(splits, options.max_length),
+    }
+    splits["train"] = splits["train"].filter(
+        lambda same: not same, input_columns="identical", desc="Leaving out identical"
+    )
+    metadata["splits"] = {name: len(split) for name, split in splits.items()}
+    if not len(splits["train"]):
+        raise InputError("no training pair differs within max_length; raise --max_length")
+    return splits, metadata
+
+
+def parse_options() -> argparse.Namespace:
+    default_length = MAX_LENGTH_MPS if pick_device().type == "mps" else MAX_LENGTH
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--source", nargs="+", metavar="SOURCE", help="one or several, joined (default: hub, else sample)"
+    )
+    parser.add_argument("--split", help=f"split of a dataset repository (default: {HUB_SPLIT}, else train)")
+    parser.add_argument("--limit", type=int, default=LIMIT, help="pairs to keep, drawn at random (default: all)")
+    parser.add_argument("--max_length", type=int, default=default_length, help="tokens (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=SEED, help="of split and limit (default: %(default)s)")
+    parser.add_argument("--model", default=MODEL_NAME, help="whose tokenizer is used (default: %(default)s)")
+    parser.add_argument("--output", default=OUTPUT_DIR, help="directory, replaced as a whole (default: %(default)s)")
+    options = parser.parse_args()
+    if options.max_length < MIN_MAX_LENGTH:
+        parser.error(f"--max_length must be at least {MIN_MAX_LENGTH}")
+    if options.limit is not None and options.limit < 2:
+        parser.error("--limit must be at least 2")
+    return options
+
+
+def main() -> None:
+    options = parse_options()
+    with replace_directory(options.output) as directory:
+        work = directory / "work"
+        work.mkdir()
+        splits, metadata = prepare(options, work)
+        plot_lengths(splits, options.max_length, directory / "length_histogram.png")
+        splits.remove_columns(COUNT_COLUMNS).save_to_disk(directory)
+        write_text(directory / "metadata.json", json.dumps(metadata, indent=2, ensure_ascii=False) + "\n")
+        del splits
+        shutil.rmtree(work)
+    print(summary(metadata))
+    print(f"written to {options.output}/")
+
+
+if __name__ == "__main__":
+    run_script(main)
