@@ -591,13 +591,13 @@ def plot_lengths(splits: DatasetDict, max_length: int, path: Path) -> None:
 
 def summary(metadata: dict[str, Any]) -> str:
     rows, sizes, cut = metadata["rows"], metadata["splits"], metadata["truncated_share"]
-    longer, gap = metadata["longer_wins"], metadata["rating_gap"]
+    longer, gap, limit = metadata["longer_wins"], metadata["rating_gap"], metadata["max_length"]
     lines = [
         f"source          {metadata['source']}",
         f"rows            {rows['read']:,} read, {rows['dropped_total']:,} dropped, {rows['kept']:,} kept",
         *(f"  dropped       {count:,}: {reason}" for reason, count in rows["dropped"].items()),
         f"split           {sizes['train']:,} train / {sizes['validation']:,} validation, by unique prompt",
-        f"cut to {metadata['max_length']:<8} {cut['prompt']:.1%} of the prompts; a response in {cut['response']:.1%} of pairs",
+        f"cut to {limit:<8} {cut['prompt']:.1%} of the prompts, a response in {cut['response']:.1%} of pairs",
         f"over the limit  {metadata['over_max_length_share']:.1%} of the pairs, kept all the same",
         f"identical       {sum(metadata['identical_after_cut'].values())} pairs once cut (left out of train)",
         f"longer wins     {longer['train']:.3f} train, {longer['validation']:.3f} validation",

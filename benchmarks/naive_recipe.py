@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
 from trl import RewardConfig, RewardTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -98,6 +98,7 @@ def main() -> None:
             save_strategy="no",
             report_to="none",
         )
+        set_seed(options.seed)  # before the head is drawn, so that the run can be repeated
         model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=torch.float32)
         model.config.pad_token_id = tokenizer.pad_token_id
         trainer = RewardTrainer(model=model, args=config, train_dataset=train, processing_class=tokenizer)
