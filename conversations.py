@@ -34,6 +34,7 @@ class Encoded(NamedTuple):
     ids: list[int]
     prompt_length: int  # template included, before the cut
     response_length: int  # response text alone, before the cut
+    whole_length: int  # all of it, before the cut
     prompt_cut: bool
     response_cut: bool
 
@@ -144,6 +145,7 @@ def _assemble(prompt_ids: list[int], response_ids: list[int], closing_ids: list[
         ids=kept_prompt + response_ids[:room] + closing_ids,
         prompt_length=len(prompt_ids),
         response_length=len(response_ids),
+        whole_length=len(prompt_ids) + len(response_ids) + len(closing_ids),
         prompt_cut=len(kept_prompt) < len(prompt_ids),
         response_cut=room < len(response_ids),
     )

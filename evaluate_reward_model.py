@@ -29,6 +29,7 @@ BATCH_SIZE = 16  # conversations scored at once
 # ---------------------------------------------------------------------------------------------------------------------
 
 Z_95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
+TIE = 1e-6  # rewards of one and the same input can differ by rounding, depending on its place in the batch
 
 
 def wilson_interval(successes: float, n: int, z: float = Z_95) -> tuple[float, float]:
@@ -42,9 +43,9 @@ def wilson_interval(successes: float, n: int, z: float = Z_95) -> tuple[float, f
 
 
 def wins(chosen: np.ndarray, rejected: np.ndarray) -> np.ndarray:
-    """(N,) 1 where the chosen value is larger, 0.5 where both are equal, else 0."""
-    chosen, rejected = np.asarray(chosen), np.asarray(rejected)
-    return (chosen > rejected) + 0.5 * (chosen == rejected)
+    """(N,) 1 where the chosen reward is higher, 0.5 where both are equal up to `TIE`, else 0."""
+    margin = np.asarray(chosen, float) - np.asarray(rejected, float)
+    return np.where(np.abs(margin) <= TIE, 0.5, (margin > 0).astype(float))
 
 
 def accuracy_with_interval(pair_wins: np.ndarray) -> dict[str, Any]:

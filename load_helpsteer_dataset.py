@@ -84,7 +84,8 @@ PAIR_FEATURES = Features(
     }
 )
 KEY_COLUMNS = ["prompt_key", "pair_key", "swapped"]
-COUNT_COLUMNS = ["prompt_length", "chosen_length", "rejected_length", "prompt_cut", "response_cut", "identical"]
+LENGTH_COLUMNS = ["prompt_length", "chosen_length", "rejected_length"]
+COUNT_COLUMNS = [*LENGTH_COLUMNS, "prompt_cut", "response_cut", "over_max_length", "identical"]
 
 
 class BadRow(ValueError):
@@ -507,6 +508,7 @@ def tokenize_pairs(dataset: Dataset, tokenizer, max_length: int, name: str) -> D
             "rejected_length": [one.response_length for one in rejected],
             "prompt_cut": [one.prompt_cut for one in chosen],
             "response_cut": [one.response_cut or other.response_cut for one, other in pairs],
+            "over_max_length": [max(one.whole_length, other.whole_length) > max_length for one, other in pairs],
             "identical": [one.ids == other.ids for one, other in pairs],
         }
 
@@ -531,21 +533,20 @@ def percentiles(values: np.ndarray) -> dict[str, float]:
     return {f"p{p}": round(float(np.percentile(values, p)), 2) for p in (5, 25, 50, 75, 95, 99, 100)}
 
 
-def statistics(splits: DatasetDict, max_length: int) -> dict[str, Any]:
+def statistics(splits: DatasetDict) -> dict[str, Any]:
     """What the pairs look like and what the length rule did to them; shares are of pairs."""
     columns = [*COUNT_COLUMNS, "length", "chosen_rating", "rejected_rating"]
     tables = {name: split.select_columns(columns).with_format("numpy")[:] for name, split in splits.items()}
     joined = {name: np.concatenate([table[name] for table in tables.values()]) for name in columns}
     gap = (joined["chosen_rating"] - joined["rejected_rating"]).astype(float)
     gap = gap[~np.isnan(gap)]
-    longest_whole = joined["prompt_length"] + np.maximum(joined["chosen_length"], joined["rejected_length"])
     return {
         "truncated_share": {
             "prompt": float(joined["prompt_cut"].mean()),
             "response": float(joined["response_cut"].mean()),
             "pair": float((joined["prompt_cut"] | joined["response_cut"]).mean()),
         },
-        "over_max_length_share": float((longest_whole > max_length).mean()),
+        "over_max_length_share": float(joined["over_max_length"].mean()),
         "identical_after_cut": {name: int(table["identical"].sum()) for name, table in tables.items()},
         "length_percentiles": {
             "prompt": percentiles(joined["prompt_length"]),
@@ -644,7 +645,7 @@ def prepare(options: argparse.Namespace, work: Path) -> tuple[DatasetDict, dict[
         "seed": options.seed,
         "max_length": options.max_length,
         "tokenizer": model.origin,
-        **statistics(splits, options.max_length),
+        **statistics(splits),
     }
     splits["train"] = splits["train"].filter(
         lambda same: not same, input_columns="identical", desc="Leaving out identical"

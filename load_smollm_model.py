@@ -34,7 +34,7 @@ from conversations import encode_prompt, plain_template
 # ---------------------------------------------------------------------------------------------------------------------
 MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"  # hub id of the SFT model
 SEED = 42  # set before the reward head is drawn
-HEAD_SCALE = 0.01  # factor on the freshly drawn head: first rewards within some hundredths of 0
+HEAD_SCALE = 0.1  # factor on the freshly drawn head: first rewards within some tenths of 0
 HUB_TIMEOUT = 4  # seconds until the hub counts as out of reach
 PROMPT = "Name three things to check before a long bicycle trip."  # answered by the script
 MAX_NEW_TOKENS = 120  # tokens of that answer
@@ -221,6 +221,7 @@ def convert_packaged_weights(version: str) -> Path:
     model = AutoModelForCausalLM.from_pretrained(package, gguf_file=gguf_file, dtype=torch.float32)
     # The weights are plain fp32 now; save_pretrained refuses as long as the model says that they are quantised.
     del model.hf_quantizer, model.config.quantization_config
+    vars(model.config).pop("_model_name_or_path", None)  # the GGUF file's own title
     with replace_directory(target) as directory:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
@@ -275,6 +276,7 @@ def load_reward_model(path: str, pad_token_id: int, seed: int = SEED, dropout: f
             model.get_parameter(name).mul_(HEAD_SCALE)
     model.config.pad_token_id = pad_token_id
     model.config.problem_type = "regression"
+    model.config.id2label, model.config.label2id = {0: "reward"}, {"reward": 0}
     return model
 
 

@@ -99,7 +99,8 @@ class RewardModelEvaluator:
         Args:
             prompts: N prompts, in any form that `get_reward_score` takes.
             responses: N answers.
-            batch_size: conversations per forward pass; they are sorted by length, so that little is padded.
+            batch_size: conversations per forward pass; they are sorted by length, so that little is padded, and equal
+                ones are scored once.
             max_length: limit in tokens; by default the one of the training.
             progress: show a progress bar.
 
@@ -109,21 +110,21 @@ class RewardModelEvaluator:
         if isinstance(prompts, str) or isinstance(responses, str):
             raise TypeError("get_reward_scores takes lists; for one response use get_reward_score")
         encoded = encode_batch(self.tokenizer, prompts, responses, max_length or self.max_length)
-        order = sorted(range(len(encoded)), key=lambda index: len(encoded[index].ids), reverse=True)
-        scores = [math.nan] * len(encoded)
-        for start in tqdm(range(0, len(order), batch_size), desc="Scoring", unit=" batches", disable=not progress):
-            batch = order[start : start + batch_size]
-            for index, score in zip(batch, self._forward([encoded[index].ids for index in batch]), strict=True):
-                scores[index] = score
-        if not all(map(math.isfinite, scores)):
+        inputs = [tuple(one.ids) for one in encoded]
+        distinct = sorted(dict.fromkeys(inputs), key=len, reverse=True)
+        scores: dict[tuple[int, ...], float] = {}
+        for start in tqdm(range(0, len(distinct), batch_size), desc="Scoring", unit=" batches", disable=not progress):
+            batch = distinct[start : start + batch_size]
+            scores.update(zip(batch, self._forward(batch), strict=True))
+        if not all(map(math.isfinite, scores.values())):
             raise ValueError("the reward model returned a reward that is not finite; its weights are damaged")
-        return scores
+        return [scores[ids] for ids in inputs]
 
-    def _forward(self, batch: list[list[int]]) -> list[float]:
-        """Rewards of token id lists, padded on the right to the longest."""
+    def _forward(self, batch: list[tuple[int, ...]]) -> list[float]:
+        """Rewards of token ids, padded on the right to the longest."""
         width = max(map(len, batch))
         pad = self.model.config.pad_token_id
-        input_ids = torch.tensor([ids + [pad] * (width - len(ids)) for ids in batch], device=self.device)
+        input_ids = torch.tensor([[*ids, *[pad] * (width - len(ids))] for ids in batch], device=self.device)
         lengths = torch.tensor([len(ids) for ids in batch], device=self.device)
         attention_mask = (torch.arange(width, device=self.device) < lengths[:, None]).long()
         with autocast(self.device, self.dtype):

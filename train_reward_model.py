@@ -27,6 +27,7 @@ import matplotlib
 import torch
 from datasets import Dataset, DatasetDict, load_from_disk
 from transformers import EvalPrediction, TrainerCallback
+from transformers.trainer_utils import SaveStrategy
 from trl import RewardConfig, RewardTrainer, TrlParser
 
 from evaluate_reward_model import evaluate_pairs, summary, wins
@@ -139,6 +140,12 @@ class PairTrainer(RewardTrainer):
         rewards = outputs.logits.detach().float().squeeze(-1).chunk(2)
         pairs = torch.stack(rewards, dim=1)  # (pairs, 2): chosen, rejected
         return loss.detach(), pairs, torch.zeros_like(pairs[:, 0])  # without labels no metrics would be computed
+
+    def _determine_best_metric(self, metrics, trial):
+        # Only what is saved can be loaded again: evaluations between two checkpoints do not compete for the best.
+        if not self.control.should_save and self.args.save_strategy != SaveStrategy.BEST:
+            return False
+        return super()._determine_best_metric(metrics, trial)
 
 
 def pair_accuracy(prediction: EvalPrediction) -> dict[str, float]:

@@ -1,0 +1,117 @@
+"""Shared fixtures: the real tokenizer and model, tiny random models with that tokenizer, and pairs to feed them."""
+
+import json
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # tests never wait for a network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import load_helpsteer_dataset
+import load_smollm_model
+import train_reward_model
+
+
+@pytest.fixture(scope="session")
+def smollm() -> str:
+    """Directory of the real SmolLM2-135M-Instruct."""
+    return load_smollm_model.resolve_model().path
+
+
+@pytest.fixture(scope="session")
+def tokenizer(smollm):
+    return load_smollm_model.load_tokenizer(smollm)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, tokenizer) -> str:
+    """Directory of a random two-layer Llama with the real tokenizer."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=2048,
+        initializer_range=0.2,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
+    directory = tmp_path_factory.mktemp("tiny")
+    LlamaForCausalLM(config).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture(scope="session")
+def tiny_reward_model(tmp_path_factory, tiny_model, tokenizer) -> str:
+    """Directory of a random reward model whose scores differ clearly from answer to answer."""
+    model = load_smollm_model.load_reward_model(tiny_model, tokenizer.pad_token_id)
+    with torch.no_grad():
+        model.score.weight.normal_(std=0.5)
+    model.config.reward_max_length = 128
+    directory = tmp_path_factory.mktemp("tiny_reward")
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.fixture
+def write_jsonl(tmp_path):
+    def write(rows, name="pairs.jsonl"):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def make_pairs(count: int) -> list[dict]:
+    """Easy pairs: the chosen answer names the number of the prompt, the rejected one declines."""
+    return [
+        {
+            "prompt": f"Write the number {number} as digits.",
+            "chosen": f"{number} it is, and {number + 1} comes next.",
+            "rejected": f"No idea about {number}, ask somebody else please.",
+        }
+        for number in range(count)
+    ]
+
+
+def run_main(module, monkeypatch, *arguments) -> None:
+    """Run a script's `main` in this process under the given command line."""
+    monkeypatch.setattr("sys.argv", [module.__file__, *map(str, arguments)])
+    load_smollm_model.run_script(module.main)
+
+
+@pytest.fixture
+def processed(tmp_path, monkeypatch, write_jsonl, tiny_model) -> str:
+    """A small processed dataset: 32 training and 8 validation pairs."""
+    output = tmp_path / "processed"
+    source = write_jsonl(make_pairs(40), "easy.jsonl")
+    run_main(
+        load_helpsteer_dataset, monkeypatch, "--source", source, "--model", tiny_model, "--output", output,
+        "--max_length", "64",
+    )  # fmt: skip
+    return str(output)
+
+
+@pytest.fixture
+def train(monkeypatch, processed, tiny_model, tmp_path):
+    """Call the training script on the small dataset; returns the output directory."""
+
+    def call(*arguments, output="reward"):
+        directory = tmp_path / output
+        run_main(
+            train_reward_model, monkeypatch, "--model", tiny_model, "--data", processed,
+            "--output_dir", directory, "--bf16", "false", "--disable_tqdm", "true", *arguments,
+        )  # fmt: skip
+        return directory
+
+    return call

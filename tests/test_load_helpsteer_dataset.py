@@ -1,0 +1,416 @@
+import csv
+import gzip
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+from conftest import make_pairs, run_main
+from datasets import load_from_disk
+
+import load_helpsteer_dataset as lhd
+from conversations import encode
+from load_smollm_model import InputError
+
+USER = {"role": "user", "content": "Name a colour."}
+PAIR = {"prompt": "Name a colour.", "chosen": "Red.", "rejected": "Seven."}
+HUB_PAIR = {
+    "prompt": "Name a colour.",
+    "chosen": [USER, {"role": "assistant", "content": "Red."}],
+    "chosen_rating": 3.2,
+    "rejected": [USER, {"role": "assistant", "content": "Seven."}],
+    "rejected_rating": 0.4,
+}
+
+
+def rows_of(path, split=None):
+    return [row.values for row in lhd.open_source(str(path), split).rows]
+
+
+def prepared(monkeypatch, tmp_path, tiny_model, *arguments):
+    """Run the script; returns the dataset and its metadata."""
+    output = tmp_path / "out"
+    run_main(lhd, monkeypatch, "--model", tiny_model, "--output", output, *arguments)
+    return load_from_disk(str(output)), json.loads((output / "metadata.json").read_text())
+
+
+# --- rows become pairs -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        HUB_PAIR,
+        {**PAIR, "chosen_rating": "3.2", "rejected_rating": 0.4},
+        {**PAIR, "chosen_score": 3.2, "rejected_score": 0.4},
+        {key: value for key, value in HUB_PAIR.items() if key != "prompt"},
+        {**HUB_PAIR, "prompt": [USER]},
+        {**HUB_PAIR, "chosen": json.dumps(HUB_PAIR["chosen"]), "rejected": json.dumps(HUB_PAIR["rejected"])},
+    ],
+)
+def test_every_published_schema_gives_the_same_pair(row):
+    assert lhd.check_pair(row) == {
+        "prompt": [USER], "chosen": "Red.", "rejected": "Seven.", "chosen_rating": 3.2, "rejected_rating": 0.4,
+    }  # fmt: skip
+
+
+def test_multi_turn_prompts_become_turns():
+    prompt = "Hi\n<extra_id_1>Assistant\nHello\n<extra_id_1>User\nName a colour."
+    chosen, rejected = (
+        [{"role": "user", "content": prompt}, {"role": "assistant", "content": a}] for a in ("Red", "7")
+    )
+    pair = lhd.check_pair({"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    assert [message["role"] for message in pair["prompt"]] == ["user", "assistant", "user"]
+    assert pair["chosen_rating"] is None
+
+
+@pytest.mark.parametrize(
+    "change, reason",
+    [
+        ({"chosen": ...}, "missing column chosen"),
+        ({"rejected": ...}, "missing column rejected"),
+        ({"prompt": ...}, "missing column prompt"),
+        ({"prompt": None}, "null"),
+        ({"chosen": None}, "null"),
+        ({"prompt": "  \n"}, "empty prompt"),
+        ({"prompt": 5}, "prompt is not a conversation that ends with a user turn"),
+        (
+            {"prompt": [{"role": "assistant", "content": "x"}]},
+            "prompt is not a conversation that ends with a user turn",
+        ),
+        ({"rejected": " "}, "empty response"),
+        ({"rejected": 7}, "response is not a text or message list"),
+        ({"rejected": [USER]}, "response is not a text or message list"),
+        ({"rejected": " Red. "}, "chosen equals rejected"),
+        ({"chosen": '[{"role": "user", }]'}, "message list is not valid JSON"),
+        (
+            {"chosen": [{"role": "user", "content": "Else?"}, {"role": "assistant", "content": "Red."}]},
+            "response repeats another prompt",
+        ),
+        ({"chosen_rating": "good", "rejected_rating": 1}, "rating is not a number"),
+        ({"chosen_rating": float("nan"), "rejected_rating": 1}, "rating is not a number"),
+        ({"chosen_rating": True, "rejected_rating": 0}, "rating is not a number"),
+        ({"chosen_rating": 1, "rejected_rating": 1.2}, "rating says the rejected is better"),
+        ({"chosen_rating": 2, "rejected_rating": 2.0}, "tied ratings"),
+    ],
+)
+def test_bad_rows_are_named(change, reason):
+    row = {key: value for key, value in {**PAIR, **change}.items() if value is not ...}
+    with pytest.raises(lhd.BadRow, match=f"^{reason}$"):
+        lhd.check_pair(row)
+
+
+def raw(prompt, response, *attributes):
+    return {"prompt": prompt, "response": response, **dict(zip(lhd.ATTRIBUTES, attributes, strict=True))}
+
+
+def test_raw_helpsteer_rows_are_binarised_by_their_mean():
+    rows = [
+        raw("a", "worse", 3, 3, 4, 2, 2),  # mean 2.8
+        raw("a", "better", 4, 4, 4, 2, 2),  # mean 3.2
+        raw("b", "x", 4, 4, 4, 1, 1),
+        raw("b", "y", 1, 1, 4, 4, 4),  # the same mean
+        raw("c", "alone", 1, 1, 1, 1, 1),
+        raw("d", "x", 1, None, 1, 1, 1),
+        raw("d", "y", 1, 1, 1, 1, 1),
+        PAIR,
+    ]
+    joined = list(lhd.join_raw_rows(lhd.Row(f"row {i}", row) for i, row in enumerate(rows, start=1)))
+    assert joined[0].values == {
+        "prompt": "a", "chosen": "better", "rejected": "worse", "chosen_rating": 3.2, "rejected_rating": 2.8,
+    }  # fmt: skip
+    with pytest.raises(lhd.BadRow, match="tied ratings"):
+        lhd.check_pair(joined[1].values)
+    assert [row.problem for row in joined[2:]] == ["no second response to the prompt", "rating is not a number", None]
+    assert joined[-1].values == PAIR
+
+
+# --- sources ---------------------------------------------------------------------------------------------------------
+
+
+def write_csv(path, rows, opener=open):
+    with opener(path, "wt", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def test_all_file_types_give_the_same_rows(tmp_path):
+    rows = [{**PAIR, "chosen": 'Red,\n"deep" ё'}, {**PAIR, "prompt": "Another\nprompt"}]
+    lines = "".join(json.dumps(row) + "\n\n" for row in rows)
+    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8-sig")
+    (tmp_path / "b.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "c.json").write_text(lines)
+    write_csv(tmp_path / "d.csv", rows)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "e.parquet")
+    for name in ("a.jsonl", "b.json", "d.csv", "e.parquet"):
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 9
+    for path in files:
+        assert rows_of(path) == rows, path
+    assert rows_of(tmp_path) == rows * 9
+
+
+def test_locations_name_file_and_row(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(json.dumps(PAIR).encode() + b"\n\n{broken\n\xff\xfe\n[1]\n" + b"[" * 100_000 + b"\n")
+    rows = [(row.location, row.problem) for row in lhd.open_source(str(path)).rows]
+    assert rows == [
+        (f"{path} row 1", None),
+        (f"{path} row 3", "not valid JSON"),
+        (f"{path} row 4", "not valid UTF-8"),
+        (f"{path} row 5", "not an object with named columns"),
+        (f"{path} row 6", "not valid JSON"),
+    ]
+
+
+def hub_layout(directory: Path, splits: dict[str, list[dict]]) -> str:
+    """A dataset repository as the hub stores it: Parquet files, and a README whose metadata names the splits."""
+    (directory / "data").mkdir(parents=True)
+    entries = []
+    for name, rows in splits.items():
+        file = f"data/{name}-00000-of-00001.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), directory / file)
+        entries.append(f"  - split: {name}\n    path: data/{name}-*")
+    metadata = "configs:\n- config_name: default\n  data_files:\n" + "\n".join(entries)
+    (directory / "README.md").write_text(f"---\n{metadata}\n---\n# A dataset\n")
+    return str(directory)
+
+
+def test_hub_layout_with_its_splits(tmp_path):
+    other = {**HUB_PAIR, "prompt": "other"}
+    path = hub_layout(tmp_path / "repo", {"helpfulness_split": [other], "average_rating_split": [HUB_PAIR]})
+    assert [row["prompt"] for row in rows_of(path)] == ["Name a colour."]
+    assert [row["prompt"] for row in rows_of(path, "helpfulness_split")] == ["other"]
+    with pytest.raises(InputError, match="choose one of its splits"):
+        lhd.open_source(path, "no_such_split")
+
+
+def test_the_hub_is_asked_for_the_default_split(tmp_path, monkeypatch):
+    """The hub's path, with its layout served from a local directory."""
+    path = hub_layout(
+        tmp_path / "repo", {"average_rating_split": [HUB_PAIR], "train": [{**HUB_PAIR, "prompt": "other"}]}
+    )
+    real_load, real_names = lhd.load_dataset, lhd.get_dataset_split_names
+    asked = []
+
+    def serve(name, revision, **options):
+        asked.append((name, revision, options.get("split")))
+        return (real_load if options else real_names)(path, **options)
+
+    class Api:
+        def dataset_info(self, name):
+            return type("Info", (), {"sha": "abc"})
+
+    monkeypatch.setattr(lhd, "HfApi", Api)
+    monkeypatch.setattr(lhd, "load_dataset", serve)
+    monkeypatch.setattr(lhd, "get_dataset_split_names", serve)
+    monkeypatch.setattr(lhd, "hub_reachable", lambda: True)
+    (source,) = lhd.open_sources(None, None)
+    assert [lhd.check_pair(row.values)["chosen"] for row in source.rows] == ["Red."]
+    assert asked == [(lhd.HUB_DATASET, "abc", None), (lhd.HUB_DATASET, "abc", "average_rating_split")]
+    assert source.origin == "hub esfrankel17/HelpSteer2_binarized, average_rating_split, revision abc"
+
+
+def test_without_network_the_sample_is_used_and_said(capsys):
+    (source,) = lhd.open_sources(None, None)
+    assert source.name == "sample"
+    assert "hub can not be reached" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["hub", "nvidia/HelpSteer2"])
+def test_a_named_hub_source_out_of_reach_is_an_error(name):
+    with pytest.raises(InputError, match="can not be reached"):
+        lhd.open_sources([name], None)
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("x.txt", b"text", "unknown file type"),
+        ("x.parquet", b"not parquet", "can not be read to its end"),
+        ("x.jsonl.gz", b"not gzip", "can not be read to its end"),
+        ("x.jsonl.gz", gzip.compress(json.dumps(PAIR).encode() * 1000)[:-20], "can not be read to its end"),
+        ("x.json", b'[{"prompt": "a"}, {"pro', "can not be read to its end"),
+        ("x.csv", "prompt,chosen\né".encode("latin-1"), "can not be read to its end"),
+    ],
+)
+def test_broken_files_are_named(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"{name}: {message}"):
+        rows_of(path)
+
+
+def test_missing_sources_are_named(tmp_path):
+    for name in ("nope.jsonl", str(tmp_path / "nope"), "data/nope.csv"):
+        with pytest.raises(InputError, match="nope"):
+            lhd.open_source(name)
+    with pytest.raises(InputError, match="no data files"):
+        lhd.open_source(str(tmp_path))
+
+
+# --- duplicates and splits -------------------------------------------------------------------------------------------
+
+
+def test_duplicates_and_contradictions():
+    key = np.array([7, 1, 7, 2, 2, 3, 3, 3])
+    swapped = np.array([0, 0, 0, 0, 1, 1, 1, 1], dtype=bool)
+    kept, duplicates, contradicting = lhd.unique_pairs(key, swapped)
+    assert kept.tolist() == [0, 1, 5]  # 7 twice, 2 against itself, 3 three times the same
+    assert (duplicates, contradicting) == (3, 2)
+
+
+def test_keys_tell_equal_from_swapped_pairs():
+    pair = lhd.check_pair(PAIR)
+    swapped = {**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]}
+    spaced = {**pair, "chosen": f" {pair['chosen']}\n"}
+    one, other, same = (lhd.pair_keys(each) for each in (pair, swapped, spaced))
+    assert one == same
+    assert one["pair_key"] == other["pair_key"] and one["swapped"] != other["swapped"]
+    assert lhd.pair_keys({**pair, "chosen": "Blue."})["pair_key"] != one["pair_key"]
+
+
+def test_split_sizes_of_the_hub_dataset():
+    train, validation = lhd.split_by_prompt(np.arange(8678), 0.2, 42)
+    assert (len(train), len(validation)) == (6942, 1736)
+    assert sorted([*train, *validation]) == list(range(8678))
+
+
+def test_no_prompt_on_both_sides():
+    prompts = np.random.default_rng(0).integers(0, 60, size=300)
+    train, validation = lhd.split_by_prompt(prompts, 0.2, 42)
+    assert not set(prompts[train]) & set(prompts[validation])
+    assert abs(len(validation) - 60) <= 3
+    again = lhd.split_by_prompt(prompts, 0.2, 42)
+    assert np.array_equal(again[1], validation)
+    assert not np.array_equal(lhd.split_by_prompt(prompts, 0.2, 43)[1], validation)
+
+
+def test_two_prompts_are_enough_and_one_is_not():
+    train, validation = lhd.split_by_prompt(np.array([5, 5, 5, 9]), 0.2, 0)
+    assert (train.tolist(), validation.tolist()) == ([0, 1, 2], [3])
+    with pytest.raises(InputError, match="one prompt"):
+        lhd.split_by_prompt(np.array([5, 5]), 0.2, 0)
+
+
+def test_longer_wins_counts_ties_half():
+    assert lhd.longer_wins(["aaa", "b", "c ", "dd"], ["a", "bb", "c", "dd"]) == pytest.approx((1 + 0 + 0.5 + 0.5) / 4)
+
+
+# --- the script ------------------------------------------------------------------------------------------------------
+
+
+def test_from_rows_to_disk(monkeypatch, tmp_path, tiny_model, write_jsonl, capsys, tokenizer):
+    good = make_pairs(20)
+    bad = [
+        good[0],  # duplicate
+        {**good[1], "chosen": good[1]["rejected"], "rejected": good[1]["chosen"]},  # contradicts
+        {**good[2], "chosen": None},
+        {**good[3], "chosen": ""},
+        {"prompt": "p"},
+        {**good[4], "prompt": "rated", "chosen_rating": 1, "rejected_rating": 3},
+    ]
+    first = write_jsonl([*good[:15], *bad], "first.jsonl")
+    second = write_jsonl(good[15:], "second.jsonl")
+    splits, metadata = prepared(monkeypatch, tmp_path, tiny_model, "--source", first, second, "--max_length", "64")
+    assert metadata["rows"]["read"] == 26
+    assert metadata["rows"]["dropped"] == {
+        "null": 1, "empty response": 1, "missing column chosen": 1, "rating says the rejected is better": 1,
+        "duplicate pair": 1, "contradicting pair": 2,
+    }  # fmt: skip
+    assert metadata["rows"]["kept"] == 19 == 26 - metadata["rows"]["dropped_total"]
+    assert metadata["rows"]["first_dropped"]["null"] == [f"{first} row 18"]
+    assert metadata["splits"] == {"train": 15, "validation": 4}
+    assert metadata["source"] == f"local file {first} + local file {second}"
+    assert metadata["longer_wins"]["train"] == 0
+    assert splits["train"].column_names == [
+        "prompt", "chosen", "rejected", "chosen_rating", "rejected_rating", "chosen_ids", "rejected_ids", "length",
+    ]  # fmt: skip
+    for row in splits["validation"]:
+        assert row["chosen_ids"] == encode(tokenizer, row["prompt"], row["chosen"], 64)
+        assert row["length"] == max(len(row["chosen_ids"]), len(row["rejected_ids"]))
+    out = capsys.readouterr().out
+    assert "contradicting pair" in out and "26 read, 7 dropped, 19 kept" in out
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "train", "validation", "dataset_dict.json", "metadata.json", "length_histogram.png",
+    }  # fmt: skip
+
+
+def test_statistics_by_hand(monkeypatch, tmp_path, tiny_model, write_jsonl):
+    rows = [
+        # in tokens: 9 of the template around prompts of 1, 50, 1; answers of 2 and 60, 2 and 4, 1 and 1; 2 that close
+        {"prompt": "a", "chosen": "a a", "rejected": "a" + " a" * 59, "chosen_rating": 3, "rejected_rating": 2},
+        {"prompt": "a" + " a" * 49, "chosen": "a a", "rejected": "a a a a", "chosen_rating": 3, "rejected_rating": 1},
+        {"prompt": "b", "chosen": "a", "rejected": "b", "chosen_rating": 4, "rejected_rating": 1},
+    ]
+    _, metadata = prepared(monkeypatch, tmp_path, tiny_model, "--source", write_jsonl(rows), "--max_length", "64")
+    assert metadata["truncated_share"] == pytest.approx({"prompt": 1 / 3, "response": 1 / 3, "pair": 2 / 3})
+    assert metadata["over_max_length_share"] == pytest.approx(2 / 3)
+    assert metadata["length_percentiles"]["chosen"]["p50"] == 2
+    assert metadata["length_percentiles"]["rejected"]["p100"] == 60
+    assert metadata["length_percentiles"]["prompt"]["p100"] == 59
+    assert (metadata["rating_gap"]["n"], metadata["rating_gap"]["mean"]) == (3, 2.0)
+
+
+def test_pairs_that_the_cut_makes_equal_are_left_out_of_train(monkeypatch, tmp_path, tiny_model, write_jsonl):
+    same = "start" + " a" * 200
+    rows = [{"prompt": f"p {i}", "chosen": f"{same} good", "rejected": f"{same} bad"} for i in range(5)]
+    rows += [{"prompt": f"q {i}", "chosen": "good", "rejected": "bad"} for i in range(5)]
+    splits, metadata = prepared(monkeypatch, tmp_path, tiny_model, "--source", write_jsonl(rows), "--max_length", "64")
+    assert sum(metadata["identical_after_cut"].values()) == 5
+    assert metadata["splits"]["train"] == 8 - metadata["identical_after_cut"]["train"] == len(splits["train"])
+    assert len(splits["validation"]) == 2
+
+
+def test_limit_draws_a_fixed_sample(monkeypatch, tmp_path, tiny_model, write_jsonl):
+    source = write_jsonl(make_pairs(50))
+    kept = []
+    for _ in range(2):
+        splits, metadata = prepared(monkeypatch, tmp_path, tiny_model, "--source", source, "--limit", "10")
+        kept.append([row["chosen"] for split in splits.values() for row in split])
+        assert metadata["rows"]["kept"] == 10
+    assert kept[0] == kept[1]
+    assert kept[0] != [pair["chosen"] for pair in make_pairs(10)]
+
+
+@pytest.mark.parametrize(
+    "rows, message",
+    [([], "the source is empty"), ([{"question": "a"}], r"1 of 1 rows: missing column chosen \(first: .* row 1\)")],
+)
+def test_nothing_usable_keeps_what_was_there(monkeypatch, tmp_path, tiny_model, write_jsonl, rows, message):
+    prepared(monkeypatch, tmp_path, tiny_model, "--source", write_jsonl(make_pairs(10)))
+    with pytest.raises(SystemExit, match=message):
+        prepared(monkeypatch, tmp_path, tiny_model, "--source", write_jsonl(rows, "bad.jsonl"))
+    assert len(load_from_disk(str(tmp_path / "out"))["train"]) == 8
+    assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("flag", [["--max_length", "8"], ["--limit", "1"], ["--no_such_flag", "1"]])
+def test_bad_flags_are_usage_errors(monkeypatch, flag):
+    with pytest.raises(SystemExit) as ended:
+        run_main(lhd, monkeypatch, *flag)
+    assert ended.value.code == 2
+
+
+# --- the sample ------------------------------------------------------------------------------------------------------
+
+
+def test_the_sample_keeps_its_promises():
+    rows = [row.values for row in lhd.open_source("sample").rows]
+    pairs = [lhd.check_pair(row) for row in rows]
+    prompts = {row["prompt"] for row in rows}
+    assert len(prompts) == len(rows) >= 240
+    assert sum("<extra_id_1>" in prompt for prompt in prompts) >= 24
+    assert sum(any("а" <= letter <= "я" for letter in prompt) for prompt in prompts) >= 24
+    assert {row["category"] for row in rows} == {
+        "open_question", "closed_question", "summarising", "rewriting", "brainstorming", "code", "arithmetic",
+        "classification",
+    }  # fmt: skip
+    assert 0.45 <= lhd.longer_wins([pair["chosen"] for pair in pairs], [pair["rejected"] for pair in pairs]) <= 0.55
+    for row in rows:
+        for rating in (row["chosen_rating"], row["rejected_rating"]):
+            assert 0 <= rating <= 4 and round(rating * 5, 6) == round(rating * 5)

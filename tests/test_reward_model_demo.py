@@ -1,0 +1,269 @@
+import json
+import math
+import shutil
+
+import pytest
+import torch
+from datasets import Dataset
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from trl import GRPOConfig, GRPOTrainer
+
+import load_smollm_model
+import reward_model_demo as demo
+from conversations import encode
+from load_smollm_model import InputError
+from reward_model_demo import RewardModelEvaluator
+
+PROMPTS = [
+    "Hi",
+    "Name a colour.",
+    "Почему небо голубое?",
+    "word " * 300,
+    "a\n<extra_id_1>Assistant\nb\n<extra_id_1>User\nc",
+]
+RESPONSES = ["Hello!", "Red, or blue: " + "both " * 200, "Из-за рассеяния света. 🌤", "", "<|im_end|> d"]
+
+
+@pytest.fixture(scope="module")
+def evaluator(tiny_reward_model):
+    return RewardModelEvaluator(tiny_reward_model, device="cpu")
+
+
+@pytest.fixture(scope="module")
+def real_reward_model(tmp_path_factory, smollm, tokenizer):
+    """SmolLM2 with a random head of full size, saved as the training script saves it."""
+    model = load_smollm_model.load_reward_model(smollm, tokenizer.pad_token_id)
+    with torch.no_grad():
+        model.score.weight.normal_(std=0.05)
+    model.config.reward_max_length = 256
+    directory = tmp_path_factory.mktemp("real_reward")
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return str(directory)
+
+
+# --- scores ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("directory", ["tiny_reward_model", "real_reward_model"])
+def test_a_score_is_the_same_alone_in_a_batch_and_under_padding(directory, request):
+    evaluator = RewardModelEvaluator(request.getfixturevalue(directory), device="cpu")
+    alone = [evaluator.get_reward_score(p, r) for p, r in zip(PROMPTS, RESPONSES, strict=True)]
+    assert len({round(score, 3) for score in alone}) == len(alone)
+    for batch_size in (1, 2, 5):
+        together = evaluator.get_reward_scores(PROMPTS, RESPONSES, batch_size=batch_size)
+        assert together == pytest.approx(alone, abs=1e-5)
+    ids = encode(evaluator.tokenizer, PROMPTS[0], RESPONSES[0], 64)
+    padded = torch.tensor([ids + [evaluator.model.config.pad_token_id] * 50])
+    mask = torch.tensor([[1] * len(ids) + [0] * 50])
+    with torch.no_grad():
+        assert evaluator.model(padded, attention_mask=mask).logits.item() == pytest.approx(alone[0], abs=1e-5)
+
+
+def test_scores_come_in_input_order(evaluator):
+    scores = evaluator.get_reward_scores(PROMPTS, RESPONSES)
+    backwards = evaluator.get_reward_scores(PROMPTS[::-1], RESPONSES[::-1])
+    assert backwards[::-1] == pytest.approx(scores, abs=1e-5)
+    assert all(type(score) is float for score in scores)
+    assert evaluator.get_reward_scores([], []) == []
+
+
+def test_equal_inputs_get_exactly_equal_scores(evaluator):
+    responses = ["red", "blue " * 40, "red", "  red ", "blue " * 300, "blue " * 301]
+    scores = evaluator.get_reward_scores(["Hi"] * 6, responses, batch_size=1)
+    assert scores[0] == scores[2] == scores[3]
+    assert scores[4] == scores[5]  # the same within max_length
+    assert len(set(scores)) == 3
+
+
+def test_responses_are_ranked_best_first(evaluator):
+    responses = ["red", "blue", "green", "seven", "red"]
+    ranking = evaluator.compare_responses("Name a colour.", responses)
+    assert sorted(response for response, _ in ranking) == sorted(responses)
+    scores = [score for _, score in ranking]
+    assert scores == sorted(scores, reverse=True)
+    for response, score in ranking:
+        assert score == pytest.approx(evaluator.get_reward_score("Name a colour.", response), abs=1e-5)
+
+
+def test_a_dialogue_is_scored_with_its_context(evaluator):
+    turns = [("Hi", "Hello!"), ("How are you?", "Fine."), ("Good.", "Yes.")]
+    scores = evaluator.evaluate_conversation(turns)
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Hello!"},
+        {"role": "user", "content": "How are you?"},
+    ]
+    marked = "Hi\n<extra_id_1>Assistant\nHello!\n<extra_id_1>User\nHow are you?"
+    assert scores[0] == pytest.approx(evaluator.get_reward_score("Hi", "Hello!"), abs=1e-5)
+    assert scores[1] == pytest.approx(evaluator.get_reward_score(messages, "Fine."), abs=1e-5)
+    assert scores[1] == pytest.approx(evaluator.get_reward_score(marked, "Fine."), abs=1e-5)
+    assert scores[1] != pytest.approx(evaluator.get_reward_score("How are you?", "Fine."), abs=1e-3)
+    assert len(scores) == 3
+    assert evaluator.evaluate_conversation([]) == []
+
+
+def test_max_length_comes_from_training_and_can_be_changed(evaluator):
+    assert evaluator.max_length == 128
+    long = "word " * 200
+    default = evaluator.get_reward_score("Hi", long)
+    assert default == pytest.approx(evaluator.get_reward_score("Hi", long, max_length=128), abs=1e-6)
+    assert default != pytest.approx(evaluator.get_reward_score("Hi", long, max_length=64), abs=1e-3)
+
+
+def test_mixed_precision_moves_scores_only_slightly(tiny_reward_model, monkeypatch):
+    monkeypatch.setattr(demo, "autocast_dtype", lambda device: torch.bfloat16)
+    plain = RewardModelEvaluator(tiny_reward_model, device="cpu")
+    mixed = RewardModelEvaluator(tiny_reward_model, device="cpu", mixed_precision=True)
+    one, other = (each.get_reward_scores(PROMPTS, RESPONSES) for each in (plain, mixed))
+    assert one != other
+    assert one == pytest.approx(other, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    "prompts, responses, error",
+    [
+        ("Hi", "Hello", TypeError),
+        (["Hi"], ["a", "b"], ValueError),
+        (["Hi"], [None], TypeError),
+        ([None], ["a"], TypeError),
+        ([[{"role": "assistant", "content": "a"}]], ["a"], ValueError),
+    ],
+)
+def test_bad_arguments_are_refused(evaluator, prompts, responses, error):
+    with pytest.raises(error):
+        evaluator.get_reward_scores(prompts, responses)
+
+
+def test_rewards_that_are_not_finite_are_refused(tiny_reward_model):
+    evaluator = RewardModelEvaluator(tiny_reward_model, device="cpu")
+    with torch.no_grad():
+        evaluator.model.score.weight[0, 0] = math.nan
+    with pytest.raises(ValueError, match="not finite"):
+        evaluator.get_reward_score("Hi", "Hello")
+
+
+# --- other tools give the same score ---------------------------------------------------------------------------------
+
+CLEAN = [
+    ("What is 2 + 2?", "4"),
+    ("  Spaces around ", " kept out\n"),
+    ("Кто там?", "Это я — почтальон.\n\n1. Да"),
+    ("x", ""),
+]
+
+
+def test_plain_transformers_and_pipeline(real_reward_model):
+    evaluator = RewardModelEvaluator(real_reward_model, device="cpu")
+    tokenizer = AutoTokenizer.from_pretrained(real_reward_model)
+    model = AutoModelForSequenceClassification.from_pretrained(real_reward_model)
+    classify = pipeline("text-classification", model=real_reward_model, tokenizer=real_reward_model, device="cpu")
+    for prompt, response in CLEAN:
+        ours = evaluator.get_reward_score(prompt, response)
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+        inputs = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
+        with torch.no_grad():
+            assert model(**inputs).logits.item() == pytest.approx(ours, abs=1e-5)
+        (result,) = classify(tokenizer.apply_chat_template(messages, tokenize=False))
+        assert result == {"label": "reward", "score": pytest.approx(ours, abs=1e-5)}
+
+
+def test_as_reward_function_of_grpo(tiny_reward_model, tiny_model, tmp_path):
+    prompts = Dataset.from_list([{"prompt": [{"role": "user", "content": f"Say {n}."}]} for n in range(4)])
+    config = GRPOConfig(
+        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=2, num_generations=2, use_cpu=True,
+        max_completion_length=8, bf16=False, report_to="none", save_strategy="no", logging_steps=1,
+    )  # fmt: skip
+    trainer = GRPOTrainer(model=tiny_model, reward_funcs=tiny_reward_model, args=config, train_dataset=prompts)
+    trainer.train()
+    rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
+    assert len(rewards) == 1 and math.isfinite(rewards[0]) and rewards[0] != 0
+
+
+# --- directories that are no whole reward model ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("missing", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_a_half_written_directory_is_refused(tiny_reward_model, tmp_path, missing):
+    shutil.copytree(tiny_reward_model, tmp_path / "half")
+    (tmp_path / "half" / missing).unlink()
+    with pytest.raises(InputError, match="half"):
+        RewardModelEvaluator(str(tmp_path / "half"))
+
+
+def test_a_missing_directory_names_the_remedy(tmp_path):
+    with pytest.raises(InputError, match=r"run train_reward_model\.py first"):
+        RewardModelEvaluator(str(tmp_path / "nothing"))
+
+
+# --- the script ------------------------------------------------------------------------------------------------------
+
+
+def run(monkeypatch, model, *arguments):
+    monkeypatch.setattr("sys.argv", ["reward_model_demo.py", "--model", str(model), *map(str, arguments)])
+    load_smollm_model.run_script(demo.main)
+
+
+def test_demonstration_in_two_languages(monkeypatch, tiny_reward_model, tmp_path, capsys):
+    shutil.copytree(tiny_reward_model, tmp_path / "model")
+    run(monkeypatch, tmp_path / "model")
+    result = json.loads((tmp_path / "model" / "demonstration.json").read_text())
+    assert len(result["comparisons"]) == 2 and len(result["dialogue"]) == 3
+    for comparison in result["comparisons"]:
+        rewards = [entry["reward"] for entry in comparison["ranking"]]
+        assert rewards == sorted(rewards, reverse=True)
+    assert "Париж" in capsys.readouterr().out
+
+
+def test_prompt_and_responses(monkeypatch, evaluator, tiny_reward_model, tmp_path, capsys):
+    run(monkeypatch, tiny_reward_model, "--prompt", "Hi", "--responses", "a", "b", "--output", tmp_path / "r.json")
+    ranking = json.loads((tmp_path / "r.json").read_text())["ranking"]
+    assert [(entry["response"], pytest.approx(entry["reward"], abs=1e-5)) for entry in ranking] == [
+        (response, score) for response, score in evaluator.compare_responses("Hi", ["a", "b"])
+    ]
+    assert f"{ranking[0]['reward']:+.3f}" in capsys.readouterr().out
+
+
+def test_a_file_is_scored_line_by_line(monkeypatch, evaluator, tiny_reward_model, write_jsonl, tmp_path):
+    monkeypatch.setattr(demo, "CHUNK", 2)
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "b"}]
+    rows = [
+        {"prompt": "Hi", "response": "a", "id": 7},
+        {"prompt": "Hi", "responses": ["a", "b", "ё"]},
+        {"prompt": "Hi", "chosen": "a", "rejected": messages},
+        {"prompt": "Hi", "responses": []},
+    ]
+    run(monkeypatch, tiny_reward_model, "--file", write_jsonl(rows), "--output", tmp_path / "scores.jsonl")
+    scored = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    a, b, yo = (evaluator.get_reward_score("Hi", text) for text in ("a", "b", "ё"))
+    assert scored == [
+        {**rows[0], "reward": pytest.approx(a, abs=1e-5)},
+        {**rows[1], "rewards": pytest.approx([a, b, yo], abs=1e-5)},
+        {**rows[2], "chosen_reward": pytest.approx(a, abs=1e-5), "rejected_reward": pytest.approx(b, abs=1e-5)},
+        {**rows[3], "rewards": []},
+    ]
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{", "row 2: not valid JSON"),
+        ('{"response": "a"}', "row 2: needs prompt"),
+        ('{"prompt": "a"}', "row 2: needs prompt"),
+        ('{"prompt": "a", "response": null}', "row 2: needs prompt"),
+        ("[]", "row 2: needs prompt"),
+    ],
+)
+def test_a_bad_line_is_named_and_nothing_written(monkeypatch, tiny_reward_model, tmp_path, line, message):
+    source = tmp_path / "in.jsonl"
+    source.write_text('{"prompt": "a", "response": "b"}\n' + line + "\n")
+    with pytest.raises(SystemExit, match=message):
+        run(monkeypatch, tiny_reward_model, "--file", source, "--output", tmp_path / "out.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+@pytest.mark.parametrize("arguments", [["--prompt", "a"], ["--responses", "a"], ["--file", "x.jsonl"], ["--nonsense"]])
+def test_bad_flags_are_usage_errors(monkeypatch, tiny_reward_model, arguments):
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, tiny_reward_model, *arguments)
+    assert ended.value.code == 2

@@ -1,0 +1,325 @@
+import json
+import math
+import signal
+
+import pytest
+import torch
+from conftest import make_pairs, run_main
+from datasets import Dataset, load_from_disk
+from safetensors.torch import load_file
+from torch.nn.functional import logsigmoid
+from transformers import TrainerCallback
+
+import load_helpsteer_dataset
+import train_reward_model as trm
+from conversations import encode
+from load_smollm_model import InputError, load_reward_model, load_tokenizer
+from reward_model_demo import RewardModelEvaluator
+
+
+def weights(directory):
+    return load_file(directory / "model.safetensors")
+
+
+def same_weights(one, other):
+    one, other = weights(one), weights(other)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def make_trainer(tiny_model, tmp_path, pairs, **options):
+    """A PairTrainer over texts, and its model and rows of ids."""
+    tokenizer = load_tokenizer(tiny_model)
+    rows = [
+        {f"{side}_ids": encode(tokenizer, pair["prompt"], pair[side], 64) for side in ("chosen", "rejected")}
+        for pair in pairs
+    ]
+    script, config = trm.parse_settings(["--output_dir", str(tmp_path), "--bf16", "false", "--disable_tqdm", "true"])
+    for name, value in {"save_strategy": "no", "load_best_model_at_end": False, **options}.items():
+        setattr(config, name, value)
+    model = load_reward_model(tiny_model, tokenizer.pad_token_id, config.seed, script.dropout)
+    return trm.PairTrainer(
+        model=model, args=config, train_dataset=Dataset.from_list(rows), eval_dataset=Dataset.from_list(rows),
+        processing_class=tokenizer, compute_metrics=trm.pair_accuracy,
+    ), rows  # fmt: skip
+
+
+# --- loss and metric -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("centering", [None, 0.01])
+def test_loss_is_bradley_terry_with_centering(tiny_model, tmp_path, centering):
+    trainer, rows = make_trainer(tiny_model, tmp_path, make_pairs(5), center_rewards_coefficient=centering)
+    with torch.no_grad():
+        trainer.model.score.weight.normal_(std=0.5, generator=torch.Generator().manual_seed(0))
+        chosen, rejected = (
+            torch.cat([trainer.model(torch.tensor([row[f"{side}_ids"]])).logits[:, 0] for row in rows])
+            for side in ("chosen", "rejected")
+        )
+        loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(trainer.data_collator(rows)))
+    by_hand = -sum(
+        math.log(1 / (1 + math.exp(-(c - r)))) for c, r in zip(chosen.tolist(), rejected.tolist(), strict=True)
+    )
+    by_hand = by_hand / 5 + (centering or 0) * ((chosen + rejected) ** 2).mean().item()
+    assert loss.item() == pytest.approx(by_hand, abs=1e-5)
+    assert by_hand != pytest.approx(-logsigmoid(torch.zeros(1)).item(), abs=1e-3)
+
+
+def test_evaluation_counts_every_pair_once_and_ties_half(tiny_model, tmp_path):
+    pairs = make_pairs(10)
+    pairs += [{**pair, "rejected": pair["chosen"]} for pair in pairs[:1]]  # a tie, alone in the last batch
+    trainer, rows = make_trainer(tiny_model, tmp_path, pairs, per_device_eval_batch_size=5)
+    with torch.no_grad():
+        trainer.model.score.weight.normal_(std=0.5, generator=torch.Generator().manual_seed(1))
+        margins = [
+            trainer.model(torch.tensor([row["chosen_ids"]])).logits.item()
+            - trainer.model(torch.tensor([row["rejected_ids"]])).logits.item()
+            for row in rows
+        ]
+    expected = (sum(margin > 0 for margin in margins[:-1]) + 0.5) / 11
+    assert trainer.evaluate()["eval_pair_accuracy"] == pytest.approx(expected)
+
+
+def test_a_tiny_model_overfits_eight_pairs(tiny_model, tmp_path):
+    trainer, _ = make_trainer(
+        tiny_model, tmp_path, make_pairs(8), max_steps=40, learning_rate=3e-3, lr_scheduler_type="constant"
+    )
+    before = trainer.evaluate()
+    trainer.train()
+    after = trainer.evaluate()
+    assert after["eval_pair_accuracy"] == 1.0
+    assert after["eval_loss"] < before["eval_loss"] / 2
+
+
+# --- settings --------------------------------------------------------------------------------------------------------
+
+
+def test_the_constants_are_the_defaults(tmp_path):
+    _, config = trm.parse_settings(["--output_dir", str(tmp_path)])
+    assert (config.learning_rate, config.num_train_epochs, config.max_grad_norm) == (5e-5, 1, 1.0)
+    assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) in ((4, 2), (1, 8))
+    assert (config.logging_steps, config.eval_steps, config.save_steps) == (50, 100, 200)
+    assert config.center_rewards_coefficient == 0.01
+    assert config.gradient_checkpointing is False
+    assert config.max_length is None
+
+
+def test_every_trl_field_is_a_flag(tmp_path):
+    script, config = trm.parse_settings(
+        ["--output_dir", str(tmp_path), "--learning_rate", "1e-3", "--report_to", "none", "--dropout", "0.1",
+         "--save_total_limit", "5", "--lr_scheduler_type", "cosine", "--max_train_samples", "7", "--fresh"]
+    )  # fmt: skip
+    assert (config.learning_rate, config.save_total_limit, config.lr_scheduler_type) == (1e-3, 5, "cosine")
+    assert (script.dropout, script.max_train_samples, script.fresh) == (0.1, 7, True)
+
+
+@pytest.mark.parametrize("arguments", [["--no_such_flag", "1"], ["--learning_rate", "fast"]])
+def test_unknown_flags_are_usage_errors(arguments, capsys):
+    with pytest.raises(SystemExit) as ended:
+        trm.parse_settings(arguments)
+    assert ended.value.code == 2
+    assert arguments[0].strip("-") in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "pairs, updates, logging, evaluation, saving",
+    [(8000, 1000, 50, 100, 200), (1, 1, 1, 1, 1), (16, 2, 1, 1, 2), (240, 30, 3, 15, 30), (1200, 150, 15, 75, 150)],
+)
+def test_every_run_logs_evaluates_and_saves(tmp_path, pairs, updates, logging, evaluation, saving):
+    arguments = [
+        "--output_dir",
+        str(tmp_path),
+        "--per_device_train_batch_size",
+        "4",
+        "--gradient_accumulation_steps",
+        "2",
+    ]
+    _, config = trm.parse_settings(arguments)
+    assert trm.fit_rhythm(config, pairs) == updates
+    assert (config.logging_steps, config.eval_steps, config.save_steps) == (logging, evaluation, saving)
+    assert config.save_steps % config.eval_steps == 0
+
+
+# --- whole runs ------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_everything_promised(train, processed, tiny_model, capsys):
+    output = train("--learning_rate", "1e-2", "--num_train_epochs", "4")
+    out = capsys.readouterr().out
+    metrics = json.loads((output / "metrics.json").read_text())
+    validation = load_from_disk(processed)["validation"]
+    assert metrics["n"] == len(validation) == 8
+    assert metrics["longer_wins"] == 0.0
+    assert metrics["source"].startswith("local file")
+    assert metrics["train_pairs_per_second"] > 0
+    evaluator = RewardModelEvaluator(str(output), mixed_precision=True)
+    rewards = [
+        [evaluator.get_reward_score(row["prompt"], row[side]) for row in validation] for side in ("chosen", "rejected")
+    ]
+    right = sum(chosen > rejected for chosen, rejected in zip(*rewards, strict=True))
+    assert metrics["accuracy"] == right / 8
+    low, high = metrics["accuracy_interval"]
+    assert (
+        f"accuracy {metrics['accuracy']:.3f} (95 % interval {low:.3f} to {high:.3f}, n = 8; longer wins: 0.000)" in out
+    )
+
+    config = json.loads((output / "config.json").read_text())
+    flat = [reward for side in rewards for reward in side]
+    assert config["reward_mean"] == pytest.approx(sum(flat) / 16, abs=0.02)
+    assert (config["pad_token_id"], config["reward_max_length"], config["problem_type"]) == (0, 64, "regression")
+    settings = json.loads((output / "settings.json").read_text())
+    assert (settings["learning_rate"], settings["base_model"]) == (0.01, f"local directory {tiny_model}")
+    log = json.loads((output / "training_log.json").read_text())
+    assert sum("eval_pair_accuracy" in entry for entry in log) == metrics["evaluations"] >= 2
+    assert f"**{metrics['accuracy']:.3f}**" in (output / "README.md").read_text()
+    assert (output / "plots" / "training_curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "helpful AI assistant" not in (output / "chat_template.jinja").read_text()
+    assert not list(output.glob(".*")) and not list(output.glob("*.bin"))
+
+
+def test_the_best_checkpoint_is_the_one_kept(train, monkeypatch):
+    accuracies = iter([0.5, 0.9, 0.4, 0.6])
+    monkeypatch.setattr(trm, "pair_accuracy", lambda prediction: {"pair_accuracy": next(accuracies)})
+    output = train("--learning_rate", "1e-2", "--logging_steps", "1", "--eval_steps", "1", "--save_steps", "1")
+    assert json.loads((output / "metrics.json").read_text())["best_checkpoint"] == "checkpoint-2"
+    assert same_weights(output, output / "checkpoints" / "checkpoint-2")
+    assert not same_weights(output, output / "checkpoints" / "checkpoint-4")
+
+
+def test_training_and_scoring_see_the_same_ids(processed, tiny_reward_model):
+    evaluator = RewardModelEvaluator(tiny_reward_model)
+    for row in load_from_disk(processed)["train"]:
+        assert row["rejected_ids"] == encode(evaluator.tokenizer, row["prompt"], row["rejected"], 64)
+
+
+def test_samples_are_limited(train):
+    output = train("--max_train_samples", "8")
+    assert json.loads((output / "metrics.json").read_text())["train_pairs"] == 8
+
+
+# --- stopping and going on -------------------------------------------------------------------------------------------
+
+
+class PressCtrlC(TrainerCallback):
+    """Raises the signal of Ctrl-C during an update."""
+
+    def __init__(self, at):
+        self.at = at
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        if state.global_step == self.at:
+            signal.raise_signal(signal.SIGINT)
+
+
+@pytest.fixture
+def stop_after(monkeypatch):
+    """Let the next trainings be interrupted in the update after `step`, or with None run through."""
+    real = trm.Watch.on_train_begin
+    target = {"step": None}
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        real(self, args, state, control, **kwargs)
+        self.press = PressCtrlC(target["step"])
+
+    monkeypatch.setattr(trm.Watch, "on_train_begin", on_train_begin)
+    monkeypatch.setattr(
+        trm.Watch,
+        "on_substep_end",
+        lambda self, *rest, **kwargs: self.press.on_substep_end(*rest, **kwargs),
+        raising=False,
+    )
+    return lambda step: target.update(step=step)
+
+
+SMALL = ("--learning_rate", "1e-2", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2")
+
+
+def test_an_interrupted_run_ends_as_an_undisturbed_one(train, stop_after, capsys):
+    whole = train(*SMALL, "--num_train_epochs", "2", output="whole")
+    stop_after(2)
+    with pytest.raises(SystemExit) as ended:
+        train(*SMALL, "--num_train_epochs", "2", output="stopped")
+    assert ended.value.code == 130
+    out = capsys.readouterr().out
+    assert "Stopped at update 3 of 8, checkpoint saved." in out and "--fresh" in out
+    stopped = whole.with_name("stopped")
+    assert not (stopped / "config.json").exists()
+    stop_after(None)
+    train(*SMALL, "--num_train_epochs", "2", output="stopped")
+    assert "Resuming from" in capsys.readouterr().out
+    assert same_weights(whole, stopped)
+    assert same_weights(whole / "checkpoints" / "checkpoint-8", stopped / "checkpoints" / "checkpoint-8")
+
+
+def test_other_settings_do_not_continue_a_checkpoint(train, stop_after):
+    stop_after(1)
+    with pytest.raises(SystemExit):
+        train(*SMALL)
+    stop_after(None)
+    with pytest.raises(SystemExit, match=r"unfinished run with other settings \(learning_rate 0.01 -> 0.002\)"):
+        train(*SMALL, "--learning_rate", "2e-3")
+    output = train(*SMALL, "--learning_rate", "2e-3", "--fresh")
+    log = json.loads((output / "training_log.json").read_text())
+    assert log[0]["step"] == 1
+
+
+def test_after_a_finished_run_other_settings_start_over(train):
+    first = weights(train(*SMALL))
+    output = train(*SMALL, "--seed", "7")
+    assert any(not torch.equal(first[name], tensor) for name, tensor in weights(output).items())
+
+
+def test_a_half_written_checkpoint_is_passed_over(tmp_path):
+    settings = dict.fromkeys(trm.TRAJECTORY)
+    assert trm.find_checkpoint(tmp_path / "c", settings, fresh=False) is None
+    for step, files in {
+        2: ["model.safetensors", "scheduler.pt", "trainer_state.json"],
+        4: ["model.safetensors"],
+    }.items():
+        directory = tmp_path / "c" / f"checkpoint-{step}"
+        directory.mkdir()
+        for name in files:
+            (directory / name).write_text("{}")
+    assert trm.find_checkpoint(tmp_path / "c", settings, fresh=False) == str(tmp_path / "c" / "checkpoint-2")
+    assert trm.find_checkpoint(tmp_path / "c", settings, fresh=True) is None
+    assert not list((tmp_path / "c").glob("checkpoint-*"))
+
+
+def test_output_that_was_not_finished_is_not_read(train, monkeypatch):
+    output = train(*SMALL)
+    RewardModelEvaluator(str(output))
+    real = trm.Path.replace
+
+    def fail_at_the_weights(path, target):
+        if path.name == "model.safetensors":
+            raise OSError("no space left")
+        return real(path, target)
+
+    monkeypatch.setattr(trm.Path, "replace", fail_at_the_weights)
+    with pytest.raises(OSError, match="no space left"):
+        train(*SMALL, "--fresh")
+    with pytest.raises(InputError, match="no trained reward model"):
+        RewardModelEvaluator(str(output))
+
+
+@pytest.mark.parametrize("missing", ["metadata.json", "dataset_dict.json", "train/state.json", "everything"])
+def test_data_that_was_not_finished_is_named(train, processed, missing):
+    if missing == "everything":
+        load_helpsteer_dataset.shutil.rmtree(processed)
+    else:
+        (trm.Path(processed) / missing).unlink()
+    with pytest.raises(SystemExit, match=r"run load_helpsteer_dataset\.py first"):
+        train()
+
+
+def test_the_real_model_takes_a_step(monkeypatch, smollm, tmp_path, write_jsonl):
+    source = write_jsonl(make_pairs(10))
+    run_main(
+        load_helpsteer_dataset, monkeypatch, "--source", source, "--output", tmp_path / "data", "--max_length", "64"
+    )
+    run_main(
+        trm, monkeypatch, "--data", tmp_path / "data", "--output_dir", tmp_path / "out", "--max_steps", "1",
+        "--disable_tqdm", "true",
+    )  # fmt: skip
+    before, after = load_reward_model(smollm, 0), RewardModelEvaluator(str(tmp_path / "out")).model
+    moved = [not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True)]
+    assert not any(moved)  # the warm-up starts at a learning rate of 0
