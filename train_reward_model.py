@@ -154,13 +154,19 @@ def pair_accuracy(prediction: EvalPrediction) -> dict[str, float]:
 
 
 class Watch(TrainerCallback):
-    """Turns Ctrl-C into an orderly stop with a checkpoint, and measures the time spent in updates alone."""
+    """Turns Ctrl-C into an orderly stop with a checkpoint, and measures the time spent in updates alone.
+
+    The time goes into the log, and so into the checkpoints: a resumed run continues to count.
+    """
 
     def __init__(self):
         self.interrupted, self.seconds, self.updates, self.started = False, 0.0, 0, 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
         self.previous = signal.signal(signal.SIGINT, self.interrupt)
+        for entry in state.log_history:
+            if "update_seconds" in entry:
+                self.seconds, self.updates = entry["update_seconds"], entry["step"]
 
     def interrupt(self, number, frame):
         if self.interrupted:
@@ -177,6 +183,10 @@ class Watch(TrainerCallback):
         if self.interrupted:
             control.should_save = control.should_training_stop = True
             control.should_evaluate = False
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if "loss" in logs:
+            state.log_history[-1]["update_seconds"] = self.seconds
 
     def on_train_end(self, args, state, control, **kwargs):
         signal.signal(signal.SIGINT, self.previous)
@@ -228,28 +238,32 @@ def run_settings(
     return {**config.to_dict(), **vars(script), "data": f"{script.data} {digest}", "base_model": origin}
 
 
-def find_checkpoint(checkpoints: Path, settings: dict[str, Any], fresh: bool) -> str | None:
-    """The last complete checkpoint of a run with these settings; otherwise an empty directory and None.
+def prepare_checkpoints(checkpoints: Path, settings: dict[str, Any], fresh: bool) -> None:
+    """Keep the checkpoints of a run with these settings; otherwise begin with an empty directory.
 
     Raises:
         InputError: the checkpoints there belong to an unfinished run with other settings.
     """
     saved = checkpoints / "settings.json"
-    if saved.is_file() and not fresh:
-        before = json.loads(saved.read_text(encoding="utf-8"))
-        changed = [name for name in TRAJECTORY if before.get(name) != json.loads(json.dumps(settings[name]))]
-        complete = [path for path in checkpoints.glob("checkpoint-*") if is_complete(path)]
-        if complete and not changed:
-            return str(max(complete, key=lambda path: int(path.name.split("-")[1])))
-        if complete and not (checkpoints / "finished").exists():
-            changes = ", ".join(f"{name} {before.get(name)} -> {settings[name]}" for name in changed)
+    if saved.is_file() and last_checkpoint(checkpoints) and not fresh:
+        before, now = json.loads(saved.read_text(encoding="utf-8")), json.loads(json.dumps(settings, default=str))
+        changed = [name for name in TRAJECTORY if before.get(name) != now.get(name)]
+        if not changed:
+            return
+        if not (checkpoints / "finished").exists():
+            changes = ", ".join(f"{name} {before.get(name)} -> {now.get(name)}" for name in changed)
             raise InputError(
                 f"{checkpoints}: holds an unfinished run with other settings ({changes}); "
                 "--fresh starts over, another --output_dir keeps both"
             )
     with replace_directory(checkpoints) as directory:
         write_text(directory / "settings.json", json.dumps(settings, indent=2, default=str) + "\n")
-    return None
+
+
+def last_checkpoint(checkpoints: Path) -> str | None:
+    """The complete checkpoint with the most updates, if any."""
+    complete = [path for path in checkpoints.glob("checkpoint-*") if is_complete(path)]
+    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
 
 
 def is_complete(checkpoint: Path) -> bool:
@@ -382,7 +396,7 @@ def finish(
             **results,
             "source": metadata["source"],
             "train_pairs": len(trainer.train_dataset),
-            "train_pairs_per_second": watch.updates * pairs_per_update / watch.seconds if watch.updates else None,
+            "train_pairs_per_second": watch.updates * pairs_per_update / watch.seconds,
             "train_seconds": watch.seconds,
             "updates": trainer.state.global_step,
             "pairs_per_update": pairs_per_update,
@@ -411,7 +425,8 @@ def main() -> None:
     eval_pairs = splits["validation"].select(draw(len(splits["validation"]), script.max_eval_samples, config.seed))
     updates = fit_rhythm(config, len(train_pairs))
 
-    source = resolve_model(script.model)
+    with config.main_process_first(desc="finding the model"):
+        source = resolve_model(script.model)
     tokenizer = load_tokenizer(source.path)
     model = load_reward_model(source.path, tokenizer.pad_token_id, config.seed, script.dropout)
     model.config.reward_max_length = metadata["max_length"]
@@ -419,8 +434,11 @@ def main() -> None:
     output = Path(config.output_dir)
     config.output_dir = str(output / "checkpoints")
     settings = run_settings(script, config, metadata, source.origin)
-    checkpoint = config.resume_from_checkpoint or find_checkpoint(output / "checkpoints", settings, script.fresh)
-    if checkpoint:
+    if config.process_index == 0:
+        prepare_checkpoints(output / "checkpoints", settings, script.fresh)
+    config.distributed_state.wait_for_everyone()
+    checkpoint = config.resume_from_checkpoint or last_checkpoint(output / "checkpoints")
+    if checkpoint and config.process_index == 0:
         print(f"Resuming from {checkpoint} (--fresh starts over).")
     trainer = PairTrainer(
         model=model,
@@ -434,8 +452,8 @@ def main() -> None:
     metrics = finish(trainer, watch, splits["validation"], settings, metadata, output)
     if metrics:
         (output / "checkpoints" / "finished").touch()
-        speed = f"{metrics['train_pairs_per_second']:.2f} pairs/s" if watch.updates else "no update was left to do"
-        print(f"{summary(metrics)}; {watch.seconds:.0f} s, {speed}; written to {output}/")
+        speed = f"{watch.seconds:.0f} s in updates, {metrics['train_pairs_per_second']:.2f} pairs/s"
+        print(f"{summary(metrics)}; {speed}; written to {output}/")
 
 
 if __name__ == "__main__":

@@ -56,9 +56,8 @@ def test_script_scores_files_and_processed_directories(
         for side in ("chosen", "rejected")
     )
     run_main(erm, monkeypatch, "--model", tiny_reward_model, "--pairs", source, "--output", tmp_path / "m.json")
-    assert json.loads((tmp_path / "m.json").read_text())["accuracy"] == pytest.approx(
-        np.mean(np.array(chosen) > np.array(rejected)), abs=1e-4
-    )
+    right = np.mean(np.array(chosen) > np.array(rejected))
+    assert json.loads((tmp_path / "m.json").read_text())["accuracy"] == pytest.approx(right, abs=1e-4)
 
 
 def test_nothing_to_evaluate_is_an_error(monkeypatch, tiny_reward_model, write_jsonl):

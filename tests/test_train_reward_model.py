@@ -270,18 +270,32 @@ def test_after_a_finished_run_other_settings_start_over(train):
 
 def test_a_half_written_checkpoint_is_passed_over(tmp_path):
     settings = dict.fromkeys(trm.TRAJECTORY)
-    assert trm.find_checkpoint(tmp_path / "c", settings, fresh=False) is None
-    for step, files in {
-        2: ["model.safetensors", "scheduler.pt", "trainer_state.json"],
-        4: ["model.safetensors"],
-    }.items():
+    trm.prepare_checkpoints(tmp_path / "c", settings, fresh=False)
+    assert trm.last_checkpoint(tmp_path / "c") is None
+    whole = ["model.safetensors", "scheduler.pt", "trainer_state.json"]
+    for step, files in {2: whole, 10: whole, 12: whole[:2], 14: whole[2:]}.items():
         directory = tmp_path / "c" / f"checkpoint-{step}"
         directory.mkdir()
         for name in files:
             (directory / name).write_text("{}")
-    assert trm.find_checkpoint(tmp_path / "c", settings, fresh=False) == str(tmp_path / "c" / "checkpoint-2")
-    assert trm.find_checkpoint(tmp_path / "c", settings, fresh=True) is None
+    (tmp_path / "c" / "checkpoint-16").mkdir()
+    (tmp_path / "c" / "checkpoint-16" / "trainer_state.json").write_text('{"cut o')
+    assert trm.last_checkpoint(tmp_path / "c") == str(tmp_path / "c" / "checkpoint-10")
+    trm.prepare_checkpoints(tmp_path / "c", settings, fresh=False)
+    assert trm.last_checkpoint(tmp_path / "c") == str(tmp_path / "c" / "checkpoint-10")
+    trm.prepare_checkpoints(tmp_path / "c", settings, fresh=True)
     assert not list((tmp_path / "c").glob("checkpoint-*"))
+
+
+def test_a_finished_run_is_only_evaluated_again(train, capsys):
+    first = train(*SMALL)
+    before, metrics = weights(first), json.loads((first / "metrics.json").read_text())
+    second = train(*SMALL)
+    assert "Resuming from" in capsys.readouterr().out
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(second).items())
+    again = json.loads((second / "metrics.json").read_text())
+    assert again["accuracy"] == metrics["accuracy"]
+    assert again["train_pairs_per_second"] == pytest.approx(metrics["train_pairs_per_second"])
 
 
 def test_output_that_was_not_finished_is_not_read(train, monkeypatch):
