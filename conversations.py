@@ -14,10 +14,12 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import jinja2
+
 MIN_MAX_LENGTH = 32  # tokens; below that a cut prompt could not keep its role headers
 
 ROLES = ("system", "user", "assistant")
-TURN_MARKER = re.compile(r"<extra_id_\d+>[ \t]*(System|User|Assistant)[ \t]*(?:\r?\n|$)")
+TURN_MARKER = re.compile(r"^[ \t]*<extra_id_\d+>[ \t]*(System|User|Assistant)[ \t]*(?:\r?\n|\Z)", re.MULTILINE)
 STRAY_MARKER = re.compile(r"<extra_id_\d+>")
 DEFAULT_SYSTEM_PROMPT = re.compile(
     r"\{%-?\s*if loop\.first and messages\[0\]\['role'\] != 'system'\s*-?%\}.*?\{%-?\s*endif\s*-?%\}", re.DOTALL
@@ -211,7 +213,10 @@ def _render(tokenizer, messages: Messages) -> tuple[Frame, Frame]:
         {**message, "content": special.sub(lambda match: match[0][0] + guard + match[0][1:], message["content"])}
         for message in messages
     ]
-    text = tokenizer.apply_chat_template([*protected, {"role": "assistant", "content": slot}], tokenize=False)
+    try:
+        text = tokenizer.apply_chat_template([*protected, {"role": "assistant", "content": slot}], tokenize=False)
+    except jinja2.TemplateError as error:
+        raise ValueError(f"the chat template refuses these messages ({error})") from error
     if text.count(slot) != 1:
         raise ValueError("the chat template does not show the assistant's answer exactly once")
     before, after = text.split(slot)

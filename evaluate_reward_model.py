@@ -16,10 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from datasets import Dataset, load_from_disk
+from datasets import Dataset
 
 from conversations import Messages
-from load_helpsteer_dataset import OUTPUT_DIR, BadRow, check_pair, join_raw_rows, longer_wins, open_source
+from load_helpsteer_dataset import (
+    OUTPUT_DIR,
+    BadRow,
+    check_pair,
+    join_raw_rows,
+    load_processed,
+    longer_wins,
+    open_source,
+    pick_split,
+)
 from load_smollm_model import InputError, run_script, write_text
 from reward_model_demo import MODEL_PATH, RewardModelEvaluator
 
@@ -94,8 +103,9 @@ def evaluate_pairs(
 
 def read_pairs(name: str, split: str | None = None) -> Dataset:
     """Pairs of a processed directory (its validation split) or of any source, without the unusable rows."""
-    if (Path(name) / "dataset_dict.json").is_file():
-        return load_from_disk(name)[split or "validation"]
+    if (Path(name) / "metadata.json").is_file():
+        splits, _ = load_processed(name)
+        return splits[pick_split(name, list(splits), split or "validation")]
     pairs, dropped = [], 0
     for row in join_raw_rows(open_source(name, split).rows):
         try:

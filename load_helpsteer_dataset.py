@@ -20,6 +20,7 @@ import json
 import math
 import random
 import shutil
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -38,6 +39,7 @@ from datasets import (
     Value,
     get_dataset_split_names,
     load_dataset,
+    load_from_disk,
 )
 from datasets.arrow_writer import ArrowWriter
 from huggingface_hub import HfApi
@@ -47,6 +49,7 @@ from conversations import MIN_MAX_LENGTH, Messages, encode_batch, parse_prompt, 
 from load_smollm_model import (
     MODEL_NAME,
     InputError,
+    first_line,
     hub_reachable,
     load_tokenizer,
     pick_device,
@@ -72,6 +75,7 @@ FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet")
 ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")  # of a raw HelpSteer2 row
 RATING_COLUMNS = {"chosen": ("chosen_rating", "chosen_score"), "rejected": ("rejected_rating", "rejected_score")}
 BATCH_SIZE = 1000  # rows per step, for reading and tokenising
+BROKEN_FILE = (OSError, EOFError, zlib.error, ijson.JSONError, pyarrow.ArrowException, UnicodeDecodeError, csv.Error)
 PAIR_FEATURES = Features(
     {
         "prompt": List({"role": Value("string"), "content": Value("string")}),
@@ -102,11 +106,12 @@ class Row(NamedTuple):
 
 
 class Source(NamedTuple):
-    """A source, opened: its rows, and in words where they come from."""
+    """A source, opened: its rows, in words where they come from, and the revision of a hub dataset."""
 
     name: str
     origin: str
     rows: Iterable[Row]
+    revision: str | None = None
 
 
 # --- sources: each yields rows ---------------------------------------------------------------------------------------
@@ -161,10 +166,10 @@ def open_repository(name: str, origin: str, split: str | None) -> Source:
     except InputError:
         raise
     except Exception as error:  # `datasets` raises many types for what is missing, gated or broken
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{name}: can not be read as a dataset ({type(error).__name__}: {reason})") from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"{name}: can not be read as a dataset ({reason})") from error
     rows = (Row(f"{name}, {split} row {number}", row) for number, row in enumerate(dataset, start=1))
-    return Source(name, f"{origin}, {split}" + (f", revision {revision}" if revision else ""), rows)
+    return Source(name, f"{origin}, {split}" + (f", revision {revision}" if revision else ""), rows, revision)
 
 
 def pick_split(name: str, splits: list[str], wanted: str | None) -> str:
@@ -196,9 +201,8 @@ def read_file(path: Path) -> Iterator[Row]:
                 if problem is None and not isinstance(values, dict):
                     values, problem = {}, "not an object with named columns"
                 yield Row(f"{path} row {number}", values, problem)
-    except (OSError, EOFError, ijson.JSONError, pyarrow.ArrowException, UnicodeDecodeError, csv.Error) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{path}: can not be read to its end ({reason}); restore the file") from error
+    except BROKEN_FILE as error:
+        raise InputError(f"{path}: can not be read to its end ({first_line(error)}); restore the file") from error
 
 
 def read_json(file) -> Iterator[tuple[int, Any, str | None]]:
@@ -229,7 +233,20 @@ def read_csv(file) -> Iterator[tuple[int, Any, str | None]]:
     csv.field_size_limit(2**31 - 1)
     lines = (line.decode("utf-8-sig") for line in file)
     for number, row in enumerate(csv.DictReader(lines), start=2):  # the header is row 1
-        yield number, row, None
+        try:
+            yield number, {column: parse_cell(value) for column, value in row.items()}, None
+        except BadRow as error:
+            yield number, {}, str(error)
+
+
+def parse_cell(value: Any) -> Any:
+    """CSV has no lists: a cell that looks like a JSON message list is read as one."""
+    if not (isinstance(value, str) and value.startswith("[{") and value.endswith("}]") and "role" in value):
+        return value
+    try:
+        return json.loads(value)
+    except ValueError as error:
+        raise BadRow("message list is not valid JSON") from error
 
 
 def read_parquet(file) -> Iterator[tuple[int, Any, str | None]]:
@@ -300,14 +317,13 @@ def check_pair(row: dict[str, Any]) -> dict[str, Any]:
     for column in ("chosen", "rejected"):
         if column not in row:
             raise BadRow(f"missing column {column}")
-    row = {column: _parsed_messages(value) for column, value in row.items() if isinstance(column, str)}
     if "prompt" not in row and not isinstance(row["chosen"], list):
         raise BadRow("missing column prompt")
     prompt = row["prompt"] if "prompt" in row else row["chosen"][:-1]
     if prompt is None or row["chosen"] is None or row["rejected"] is None:
         raise BadRow("null")
     try:
-        messages = parse_prompt(prompt)
+        messages = _unpacked(prompt)
     except (TypeError, ValueError) as error:
         raise BadRow("prompt is not a conversation that ends with a user turn") from error
     if not messages[-1]["content"].strip():
@@ -331,21 +347,11 @@ def check_pair(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _parsed_messages(value: Any) -> Any:
-    """CSV has no lists: a cell that looks like a JSON message list is read as one."""
-    if isinstance(value, str) and value.startswith("[{") and value.endswith("}]") and "role" in value:
-        try:
-            return json.loads(value)
-        except ValueError as error:
-            raise BadRow("message list is not valid JSON") from error
-    return value
-
-
 def _checked_response(messages: Messages, completion: Any) -> str:
     try:
         text = response_text(completion)
         context = completion[:-1] if isinstance(completion, list) else []
-        agrees = not context or _contents(_repeated_prompt(context)) == _contents(messages)
+        agrees = not context or _contents(_unpacked(context)) == _contents(messages)
     except (TypeError, ValueError) as error:
         raise BadRow("response is not a text or message list") from error
     if not text.strip():
@@ -355,9 +361,10 @@ def _checked_response(messages: Messages, completion: Any) -> str:
     return text
 
 
-def _repeated_prompt(context: list[dict[str, str]]) -> Messages:
-    """HelpSteer2_binarized repeats a whole prompt, markers included, as the one user message before the answer."""
-    return parse_prompt(context[0]["content"] if len(context) == 1 else context)
+def _unpacked(prompt: str | list[dict[str, str]]) -> Messages:
+    """Turns of a prompt; HelpSteer2_binarized packs whole dialogues, markers included, into one user message."""
+    messages = parse_prompt(prompt)
+    return parse_prompt(messages[0]["content"]) if len(messages) == 1 else messages
 
 
 def _contents(messages: Messages) -> list[tuple[str, str]]:
@@ -372,7 +379,7 @@ def _rating(row: dict[str, Any], side: str) -> float | None:
 def _number(value: Any) -> float:
     try:
         number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise BadRow("rating is not a number")
@@ -395,10 +402,15 @@ def _hash(text: str) -> int:
 
 
 class Tally:
-    """Rows read and dropped, with the reasons and the first places where each occurred."""
+    """Rows read, pairs in them, and pairs dropped with the reasons and the first places where each occurred."""
 
     def __init__(self):
-        self.read, self.dropped, self.examples = 0, Counter(), {}
+        self.rows, self.pairs, self.dropped, self.examples = 0, 0, Counter(), {}
+
+    def count(self, rows: Iterable[Row]) -> Iterator[Row]:
+        for row in rows:
+            self.rows += 1
+            yield row
 
     def drop(self, reason: str, count: int = 1, location: str | None = None) -> None:
         if count:
@@ -411,8 +423,8 @@ def write_pairs(sources: list[Source], path: Path, tally: Tally) -> Dataset:
     """Stream all usable rows into one Arrow file."""
     writer = ArrowWriter(path=str(path), features=PAIR_FEATURES, writer_batch_size=BATCH_SIZE)
     for source in sources:
-        for row in tqdm(join_raw_rows(source.rows), desc=f"Reading {source.name}", unit=" rows"):
-            tally.read += 1
+        for row in tqdm(join_raw_rows(tally.count(source.rows)), desc=f"Reading {source.name}", unit=" pairs"):
+            tally.pairs += 1
             try:
                 if row.problem:
                     raise BadRow(row.problem)
@@ -421,19 +433,18 @@ def write_pairs(sources: list[Source], path: Path, tally: Tally) -> Dataset:
                 tally.drop(str(error), location=row.location)
                 continue
             writer.write({**pair, **pair_keys(pair)})
-    if sum(tally.dropped.values()) == tally.read:
+    if tally.dropped.total() == tally.pairs:
         raise InputError(f"{', '.join(source.name for source in sources)}: no usable pair; {_why_nothing(tally)}")
     writer.finalize()
     return Dataset.from_file(str(path))
 
 
 def _why_nothing(tally: Tally) -> str:
-    if not tally.read:
+    if not tally.pairs:
         return "the source is empty"
     reason, count = tally.dropped.most_common(1)[0]
-    return (
-        f"{count} of {tally.read} rows: {reason} (first: {tally.examples[reason][0]}); mend it or name another --source"
-    )
+    first = tally.examples[reason][0]
+    return f"{count} of {tally.pairs} pairs: {reason} (first: {first}); mend it or name another --source"
 
 
 # --- pairs become splits ---------------------------------------------------------------------------------------------
@@ -499,8 +510,11 @@ def tokenize_pairs(dataset: Dataset, tokenizer, max_length: int, name: str) -> D
     """Add `chosen_ids`, `rejected_ids`, `length` and the counts that the statistics need."""
 
     def tokenize(batch: dict[str, list]) -> dict[str, list]:
-        chosen = encode_batch(tokenizer, batch["prompt"], batch["chosen"], max_length)
-        rejected = encode_batch(tokenizer, batch["prompt"], batch["rejected"], max_length)
+        try:
+            chosen = encode_batch(tokenizer, batch["prompt"], batch["chosen"], max_length)
+            rejected = encode_batch(tokenizer, batch["prompt"], batch["rejected"], max_length)
+        except ValueError as error:
+            raise InputError(f"{tokenizer.name_or_path}: {error}; use another --model") from error
         pairs = list(zip(chosen, rejected, strict=True))
         return {
             "chosen_ids": [one.ids for one in chosen],
@@ -598,12 +612,13 @@ def summary(metadata: dict[str, Any]) -> str:
     longer, gap, limit = metadata["longer_wins"], metadata["rating_gap"], metadata["max_length"]
     lines = [
         f"source          {metadata['source']}",
-        f"rows            {rows['read']:,} read, {rows['dropped_total']:,} dropped, {rows['kept']:,} kept",
+        f"rows            {rows['read']:,} read, with {rows['pairs']:,} pairs: "
+        f"{rows['dropped_total']:,} dropped, {rows['not_drawn']:,} over the limit, {rows['kept']:,} kept",
         *(f"  dropped       {count:,}: {reason}" for reason, count in rows["dropped"].items()),
         f"split           {sizes['train']:,} train / {sizes['validation']:,} validation, by unique prompt",
         f"cut to {limit:<8} {cut['prompt']:.1%} of the prompts, a response in {cut['response']:.1%} of pairs",
-        f"over the limit  {metadata['over_max_length_share']:.1%} of the pairs, kept all the same",
-        f"identical       {sum(metadata['identical_after_cut'].values())} pairs once cut (left out of train)",
+        f"over the length {metadata['over_max_length_share']:.1%} of the pairs, kept all the same",
+        f"identical       {sum(metadata['identical_after_cut'].values())} pairs once cut",
         f"longer wins     {longer['train']:.3f} train, {longer['validation']:.3f} validation",
     ]
     if gap:
@@ -627,36 +642,58 @@ def prepare(options: argparse.Namespace, work: Path) -> tuple[DatasetDict, dict[
     tally.drop("contradicting pair", contradicting)
     if not len(kept):
         raise InputError(f"{', '.join(source.name for source in sources)}: every pair contradicts another one")
-    kept = kept[draw(len(kept), options.limit, options.seed)]
-    train, validation = split_by_prompt(keys["prompt_key"][kept], VALIDATION_SHARE, options.seed)
+    drawn = kept[draw(len(kept), options.limit, options.seed)]
+    train, validation = split_by_prompt(keys["prompt_key"][drawn], VALIDATION_SHARE, options.seed)
     splits = DatasetDict(
         {
-            name: tokenize_pairs(pairs.select(kept[index]), tokenizer, options.max_length, name)
+            name: tokenize_pairs(pairs.select(drawn[index]), tokenizer, options.max_length, name)
             for name, index in (("train", train), ("validation", validation))
         }
     )
+    figures = statistics(splits)
+    tally.drop("identical once cut to max_length (training pair)", figures["identical_after_cut"]["train"])
+    splits["train"] = splits["train"].filter(lambda same: not same, input_columns="identical", desc="Checking cuts")
+    if not len(splits["train"]):
+        raise InputError("no training pair differs within max_length; raise --max_length")
+    sizes = {name: len(split) for name, split in splits.items()}
     metadata = {
         "source": " + ".join(source.origin for source in sources),
+        "revision": {source.name: source.revision for source in sources},
         "rows": {
-            "read": tally.read,
-            "dropped_total": sum(tally.dropped.values()),
+            "read": tally.rows,
+            "pairs": tally.pairs,
+            "dropped_total": tally.dropped.total(),
             "dropped": dict(tally.dropped),
             "first_dropped": tally.examples,
-            "limit": options.limit,
-            "kept": len(kept),
+            "not_drawn": len(kept) - len(drawn),
+            "kept": sum(sizes.values()),
         },
+        "splits": sizes,
+        "digest": digest(keys["pair_key"][drawn], keys["swapped"][drawn]),
         "seed": options.seed,
         "max_length": options.max_length,
         "tokenizer": model.origin,
-        **statistics(splits),
+        **figures,
     }
-    splits["train"] = splits["train"].filter(
-        lambda same: not same, input_columns="identical", desc="Leaving out identical"
-    )
-    metadata["splits"] = {name: len(split) for name, split in splits.items()}
-    if not len(splits["train"]):
-        raise InputError("no training pair differs within max_length; raise --max_length")
     return splits, metadata
+
+
+def digest(pair_key: np.ndarray, swapped: np.ndarray) -> str:
+    """Fingerprint of the pairs, whatever their order and wherever they came from."""
+    return hashlib.blake2b(np.sort(pair_key * 2 + swapped).tobytes(), digest_size=8).hexdigest()
+
+
+def load_processed(directory: str) -> tuple[DatasetDict, dict[str, Any]]:
+    """Splits and metadata of a directory that this script wrote.
+
+    Raises:
+        InputError: nothing there, or not complete.
+    """
+    try:
+        metadata = json.loads((Path(directory) / "metadata.json").read_text(encoding="utf-8"))
+        return load_from_disk(directory), metadata
+    except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
+        raise InputError(f"{directory}: no complete dataset here; run load_helpsteer_dataset.py first") from error
 
 
 def parse_options() -> argparse.Namespace:
@@ -681,7 +718,7 @@ def parse_options() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_options()
-    with replace_directory(options.output) as directory:
+    with replace_directory(options.output, marker="dataset_dict.json") as directory:
         work = directory / "work"
         work.mkdir()
         splits, metadata = prepare(options, work)

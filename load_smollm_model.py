@@ -26,10 +26,10 @@ import huggingface_hub.constants
 import psutil
 import torch
 import transformers
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import DisabledRepoError, HFValidationError, RepositoryNotFoundError
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
-from conversations import encode_prompt, plain_template
+from conversations import MIN_MAX_LENGTH, encode_prompt, plain_template
 
 # ---------------------------------------------------------------------------------------------------------------------
 MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"  # hub id of the SFT model
@@ -70,31 +70,61 @@ def run_script(main) -> None:
 
 
 @contextlib.contextmanager
-def replace_directory(target: str | Path):
-    """Yield a temporary sibling to fill; it takes the place of `target` only when the block ends without an error."""
+def replace_directory(target: str | Path, marker: str):
+    """Yield a temporary sibling to fill; it takes the place of `target` only when the block ends without an error.
+
+    Args:
+        target: the directory to write.
+        marker: a file that every directory of this kind has; one without it is somebody else's and left alone.
+
+    Raises:
+        InputError: not writable, or `target` holds files but no marker.
+    """
     target = Path(target).absolute()
     temporary, old = target.with_name(f".{target.name}.tmp"), target.with_name(f".{target.name}.old")
     try:
+        if old.exists() and not target.exists():
+            old.rename(target)  # a process was killed between the two renames below
+        if target.exists() and not (target / marker).exists() and (not target.is_dir() or any(target.iterdir())):
+            raise InputError(f"{target}: holds other files and would be replaced; choose another directory")
         for leftover in (temporary, old):
             shutil.rmtree(leftover, ignore_errors=True)
         temporary.mkdir(parents=True)
     except OSError as error:
-        raise InputError(f"can not write {target}: {error.strerror}") from error
+        raise InputError(f"{target}: can not be written ({first_line(error)})") from error
     try:
         yield temporary
         if target.exists():
             target.rename(old)
-        temporary.rename(target)
+        try:
+            temporary.rename(target)
+        except OSError:
+            old.rename(target)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
     finally:
-        for leftover in (temporary, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a whole file or nothing: to a temporary name first, then renamed."""
-    temporary = Path(f"{path}.tmp")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    """Write a whole file or nothing: to a temporary name first, then renamed. Missing directories are made.
+
+    Raises:
+        InputError: not writable.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(text, encoding="utf-8", errors="replace")
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(f"{path}: can not be written ({first_line(error)})") from error
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 @contextlib.contextmanager
@@ -164,8 +194,9 @@ def hub_reachable() -> bool:
 
     def ask():
         with contextlib.suppress(Exception):  # any failure to connect means the same: out of reach
-            huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=HUB_TIMEOUT)
-            answered.set()
+            response = huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=HUB_TIMEOUT)
+            if response.status_code < 500:
+                answered.set()
 
     # In a thread, since a name lookup has no time limit of its own.
     thread = threading.Thread(target=ask, daemon=True)
@@ -185,16 +216,15 @@ def resolve_model(name: str = MODEL_NAME) -> ModelSource:
             raise InputError(f"{name}: no config.json, so not a saved model; give a directory of save_pretrained")
         return ModelSource(name, f"local directory {name}")
     try:
-        offline = not hub_reachable()
-        path = huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=offline)
-        return ModelSource(path, f"hub {name}, revision {Path(path).name}" + (" (cached)" if offline else ""))
+        path = huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=not hub_reachable())
+        return ModelSource(path, f"hub {name}, revision {Path(path).name}")
     except HFValidationError as error:
         raise InputError(f"{name}: neither a directory here nor a hub id") from error
-    except LocalEntryNotFoundError as error:
+    except (RepositoryNotFoundError, DisabledRepoError) as error:  # gated ones included
+        raise InputError(f"{name}: the hub refused it ({first_line(error)}); check the name") from error
+    except Exception as error:  # whatever else interrupts a download means the same: out of reach, and not in the cache
         if name != MODEL_NAME:
             raise InputError(f"{name}: no such directory, and the hub can not be reached to look there") from error
-    except HfHubHTTPError as error:
-        raise InputError(f"{name}: the hub refused it ({str(error).splitlines()[0]}); check the name") from error
     version = packaged_version()
     print(f"The hub can not be reached: using {MODEL_NAME} from the package {PACKAGE} {version}.")
     return ModelSource(str(convert_packaged_weights(version)), f"package {PACKAGE} {version} (Q4_1, dequantised)")
@@ -222,7 +252,7 @@ def convert_packaged_weights(version: str) -> Path:
     # The weights are plain fp32 now; save_pretrained refuses as long as the model says that they are quantised.
     del model.hf_quantizer, model.config.quantization_config
     vars(model.config).pop("_model_name_or_path", None)  # the GGUF file's own title
-    with replace_directory(target) as directory:
+    with replace_directory(target, marker="config.json") as directory:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
     return target
@@ -277,6 +307,7 @@ def load_reward_model(path: str, pad_token_id: int, seed: int = SEED, dropout: f
     model.config.pad_token_id = pad_token_id
     model.config.problem_type = "regression"
     model.config.id2label, model.config.label2id = {0: "reward"}, {"reward": 0}
+    keep_head_in_fp32(model)
     return model
 
 
@@ -298,7 +329,21 @@ def load_trained_reward_model(path: str):
         raise InputError(f"{path}: has {model.config.num_labels} labels, but a reward model has one")
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
+    keep_head_in_fp32(model)
     return tokenizer, model.eval()
+
+
+def keep_head_in_fp32(model) -> None:
+    """Compute the head in fp32 under autocast too, where bf16 would round rewards to three digits and make ties."""
+
+    def exact(head, inputs, output):
+        if output.dtype is torch.float32:
+            return output
+        with torch.autocast(output.device.type, enabled=False):
+            return torch.nn.functional.linear(inputs[0].float(), head.weight, head.bias)
+
+    if isinstance(getattr(model, "score", None), torch.nn.Linear):
+        model.score.register_forward_hook(exact)
 
 
 def _load(auto_class, path: str, **options):
@@ -309,8 +354,7 @@ def _load(auto_class, path: str, **options):
         with quiet_transformers():
             return auto_class.from_pretrained(path, trust_remote_code=False, local_files_only=True, **options)
     except Exception as error:  # the libraries raise many types for a damaged or foreign directory
-        reason = str(error).strip().splitlines()[0]
-        raise InputError(f"{path}: can not be loaded ({type(error).__name__}: {reason})") from error
+        raise InputError(f"{path}: can not be loaded ({type(error).__name__}: {first_line(error)})") from error
 
 
 # --- as a script -----------------------------------------------------------------------------------------------------
@@ -338,7 +382,11 @@ def describe(model, source: ModelSource, seconds: float) -> str:
 @torch.inference_mode()
 def answer(model, tokenizer, prompt: str, max_new_tokens: int) -> str:
     """Greedy answer of the SFT model to one prompt."""
-    ids = encode_prompt(tokenizer, prompt, 2 * (model.config.max_position_embeddings - max_new_tokens))
+    room = max(model.config.max_position_embeddings - max_new_tokens, MIN_MAX_LENGTH)
+    try:
+        ids = encode_prompt(tokenizer, prompt, 2 * room)
+    except ValueError as error:
+        raise InputError(f"prompt: {error}") from error
     inputs = torch.tensor([ids], device=model.device)
     output = model.generate(
         inputs,
@@ -356,6 +404,8 @@ def main() -> None:
     parser.add_argument("--prompt", default=PROMPT, help="what to ask (default: %(default)s)")
     parser.add_argument("--max_new_tokens", type=int, default=MAX_NEW_TOKENS, help="tokens (default: %(default)s)")
     options = parser.parse_args()
+    if options.max_new_tokens < 1:
+        parser.error("--max_new_tokens must be at least 1")
 
     started = time.perf_counter()
     source = resolve_model(options.model)

@@ -26,6 +26,7 @@ from load_smollm_model import (
     InputError,
     autocast,
     autocast_dtype,
+    first_line,
     load_trained_reward_model,
     pick_device,
     run_script,
@@ -105,7 +106,7 @@ class RewardModelEvaluator:
             progress: show a progress bar.
 
         Raises:
-            TypeError, ValueError: as `conversations.encode_batch`; ValueError also for a reward that is not finite.
+            TypeError, ValueError: as `conversations.encode_batch`; InputError for a reward that is not finite.
         """
         if isinstance(prompts, str) or isinstance(responses, str):
             raise TypeError("get_reward_scores takes lists; for one response use get_reward_score")
@@ -117,7 +118,7 @@ class RewardModelEvaluator:
             batch = distinct[start : start + batch_size]
             scores.update(zip(batch, self._forward(batch), strict=True))
         if not all(map(math.isfinite, scores.values())):
-            raise ValueError("the reward model returned a reward that is not finite; its weights are damaged")
+            raise InputError("the reward model returned a reward that is not finite: its weights are damaged")
         return [scores[ids] for ids in inputs]
 
     def _forward(self, batch: list[tuple[int, ...]]) -> list[float]:
@@ -143,7 +144,7 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
                 if line.strip():
                     yield check_line(f"{path} row {number}", line)
     except OSError as error:
-        raise InputError(f"{path}: can not be read ({error.strerror})") from error
+        raise InputError(f"{path}: can not be read ({first_line(error)})") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 text; convert it first") from error
 
@@ -170,7 +171,9 @@ def check_line(place: str, line: str) -> dict[str, Any]:
 def answers(row: dict[str, Any]) -> list:
     """The answers of a row, whichever columns hold them."""
     if "responses" in row:
-        return list(row["responses"])
+        if not isinstance(row["responses"], list):
+            raise TypeError("responses is not a list")
+        return row["responses"]
     return [row["response"]] if "response" in row else [row["chosen"], row["rejected"]]
 
 
@@ -191,7 +194,11 @@ def score_file(evaluator: RewardModelEvaluator, source: Path, target: Path) -> i
     temporary = target.with_name(f".{target.name}.tmp")
     rows = read_lines(source)
     try:
-        with temporary.open("w", encoding="utf-8") as file, tqdm(total=total, desc="Scoring", unit=" rows") as bar:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with (
+            temporary.open("w", encoding="utf-8", errors="replace") as file,
+            tqdm(total=total, desc="Scoring", unit=" rows") as bar,
+        ):
             while chunk := list(itertools.islice(rows, CHUNK)):
                 flat = [(row["prompt"], response_text(answer)) for row in chunk for answer in answers(row)]
                 scores = iter(evaluator.get_reward_scores(*zip(*flat, strict=True)) if flat else [])
@@ -201,7 +208,7 @@ def score_file(evaluator: RewardModelEvaluator, source: Path, target: Path) -> i
                 bar.update(len(chunk))
         temporary.replace(target)
     except OSError as error:
-        raise InputError(f"{target}: can not be written ({error.strerror})") from error
+        raise InputError(f"{target}: can not be written ({first_line(error)})") from error
     finally:
         temporary.unlink(missing_ok=True)
     return total
@@ -233,7 +240,12 @@ DIALOGUE = [
 
 def show_ranking(evaluator: RewardModelEvaluator, prompt: str, responses: list[str]) -> dict[str, Any]:
     """Print the responses best first; returns what was printed."""
-    ranking = evaluator.compare_responses(prompt, responses)
+    try:
+        ranking = evaluator.compare_responses(prompt, responses)
+    except InputError:
+        raise
+    except ValueError as error:
+        raise InputError(f"prompt: {error}") from error
     print(f"\n> {prompt}")
     for place, (response, reward) in enumerate(ranking, start=1):
         print(f"  {place}. {reward:+.3f}  {response}")

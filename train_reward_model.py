@@ -11,7 +11,6 @@ Out: `reward_model_output/`: model and tokenizer, `metrics.json`, `settings.json
 Every field of `trl.RewardConfig` is a flag. A stopped run goes on by the same command; `--fresh` starts over.
 """
 
-import hashlib
 import json
 import math
 import shutil
@@ -24,18 +23,20 @@ from typing import Any
 
 import matplotlib
 import torch
-from datasets import Dataset, DatasetDict, load_from_disk
+from datasets import Dataset, DatasetDict
 from transformers import EvalPrediction, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 from trl import RewardConfig, RewardTrainer, TrlParser
 
+from conversations import encode_batch
 from evaluate_reward_model import evaluate_pairs, summary, wins
 from load_helpsteer_dataset import OUTPUT_DIR as DATA_DIR
-from load_helpsteer_dataset import draw
+from load_helpsteer_dataset import draw, load_processed
 from load_smollm_model import (
     MODEL_NAME,
     InputError,
     autocast_dtype,
+    first_line,
     keep_freed_memory,
     load_reward_model,
     load_tokenizer,
@@ -57,10 +58,10 @@ MAX_EVAL_SAMPLES = 400  # pairs for the evaluations during training; the last on
 # optimisation
 LEARNING_RATE = 5e-5  # peak
 NUM_TRAIN_EPOCHS = 1  # passes over the training pairs
-BATCH_SIZE = 1 if ON_MPS else 4  # pairs per step and device
+PER_DEVICE_TRAIN_BATCH_SIZE = 1 if ON_MPS else 4  # pairs per step and device
 GRADIENT_ACCUMULATION_STEPS = 8 if ON_MPS else 2  # steps per update: 8 pairs an update and device
-WARMUP_SHARE = 0.05  # of all updates
-LR_SCHEDULER = "linear"  # decay to 0 after the warm-up
+WARMUP_STEPS = 0.05  # share of all updates (a whole number counts updates)
+LR_SCHEDULER_TYPE = "linear"  # decay to 0 after the warm-up
 WEIGHT_DECAY = 0.0  # AdamW
 MAX_GRAD_NORM = 1.0  # gradient clipping
 DROPOUT = 0.0  # in attention
@@ -74,12 +75,16 @@ SAVE_TOTAL_LIMIT = 2  # checkpoints kept, the best one among them
 SEED = 42
 # ---------------------------------------------------------------------------------------------------------------------
 
-# Settings under which a checkpoint can be continued to the result of an uninterrupted run.
-TRAJECTORY = (
-    *("model", "data", "dropout", "max_train_samples", "seed", "bf16", "fp16", "optim"),
-    *("learning_rate", "num_train_epochs", "max_steps", "warmup_steps", "lr_scheduler_type", "weight_decay"),
-    *("per_device_train_batch_size", "gradient_accumulation_steps", "max_grad_norm", "center_rewards_coefficient"),
-)
+MIN_WARMUP_UPDATES = 20  # shorter runs start at the full learning rate
+
+# Settings that do not change the result: a checkpoint may be continued under others.
+IGNORED_ON_RESUME = {
+    *("fresh", "data", "output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to", "run_name", "project"),
+    *("log_level", "log_level_replica", "log_on_each_node", "logging_dir", "logging_first_step", "logging_steps"),
+    *("logging_strategy", "include_num_input_tokens_seen", "save_total_limit", "push_to_hub", "hub_model_id"),
+    *("hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision", "local_rank"),
+    *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataset_num_proc"),
+}
 
 
 @dataclass
@@ -101,11 +106,11 @@ def default_config() -> dict[str, Any]:
         "output_dir": MODEL_PATH,
         "learning_rate": LEARNING_RATE,
         "num_train_epochs": NUM_TRAIN_EPOCHS,
-        "per_device_train_batch_size": BATCH_SIZE,
-        "per_device_eval_batch_size": 2 * BATCH_SIZE,
+        "per_device_train_batch_size": PER_DEVICE_TRAIN_BATCH_SIZE,
+        "per_device_eval_batch_size": 2 * PER_DEVICE_TRAIN_BATCH_SIZE,
         "gradient_accumulation_steps": GRADIENT_ACCUMULATION_STEPS,
-        "warmup_steps": WARMUP_SHARE,
-        "lr_scheduler_type": LR_SCHEDULER,
+        "warmup_steps": WARMUP_STEPS,
+        "lr_scheduler_type": LR_SCHEDULER_TYPE,
         "weight_decay": WEIGHT_DECAY,
         "max_grad_norm": MAX_GRAD_NORM,
         "center_rewards_coefficient": CENTER_REWARDS_COEFFICIENT,
@@ -174,15 +179,22 @@ class Watch(TrainerCallback):
         self.interrupted = True
         print("\nStopping after this update; Ctrl-C again to stop at once.", file=sys.stderr)
 
+    def anywhere(self, args) -> bool:
+        """Whether any process was interrupted: all have to stop after the same update."""
+        if args.world_size > 1:
+            flag = torch.tensor(float(self.interrupted), device=args.device)
+            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+            self.interrupted = bool(flag)
+        return self.interrupted
+
     def on_step_begin(self, args, state, control, **kwargs):
         self.started = time.perf_counter()
 
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds += time.perf_counter() - self.started
         self.updates += 1
-        if self.interrupted:
+        if self.anywhere(args):
             control.should_save = control.should_training_stop = True
-            control.should_evaluate = False
 
     def on_log(self, args, state, control, logs, **kwargs):
         if "loss" in logs:
@@ -201,44 +213,67 @@ def parse_settings(arguments: list[str] | None = None) -> tuple[ScriptArguments,
     parser.set_defaults(**default_config())
     try:
         script, config = parser.parse_args_and_config(arguments)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         parser.exit(2, f"error: {' '.join(str(error).split())}\n")
-    if script.max_eval_samples < 1 or (script.max_train_samples is not None and script.max_train_samples < 1):
-        parser.error("--max_train_samples and --max_eval_samples must be at least 1")
+    for settings, name in [
+        (script, "max_train_samples"),
+        (script, "max_eval_samples"),
+        (config, "num_train_epochs"),
+        (config, "per_device_train_batch_size"),
+        (config, "per_device_eval_batch_size"),
+        (config, "gradient_accumulation_steps"),
+    ]:
+        value = getattr(settings, name)
+        if value is not None and value <= 0:
+            parser.error(f"--{name} must be above 0")
+    if script.fresh and config.resume_from_checkpoint:
+        parser.error("--fresh and --resume_from_checkpoint exclude each other")
+    if config.save_total_limit == 1:
+        config.save_total_limit = 2  # the best checkpoint and the last one, from which a stopped run goes on
     return script, config
 
 
 def fit_rhythm(config: RewardConfig, pairs: int) -> int:
-    """Scale logging, evaluation and saving to the length of the run; returns its number of updates."""
-    batches = math.ceil(pairs / (config.per_device_train_batch_size * config.world_size))
+    """Scale logging, evaluation and saving to the length of the run; returns its number of updates.
+
+    Steps below 1 are shares of the run, as everywhere in `transformers`.
+    """
+    batches = math.ceil(pairs / (config.train_batch_size * config.world_size))
     updates_per_epoch = max(math.ceil(batches / config.gradient_accumulation_steps), 1)
     updates = config.max_steps if config.max_steps > 0 else math.ceil(config.num_train_epochs * updates_per_epoch)
-    config.logging_steps = int(min(config.logging_steps, max(updates // 10, 1)))
-    config.eval_steps = int(min(config.eval_steps, max(updates // 2, 1)))
+
+    def steps(value: float, longest: int) -> int:
+        return max(min(math.ceil(value * updates) if value < 1 else int(value), longest), 1)
+
+    config.logging_steps = steps(config.logging_steps, updates // 10)
+    config.eval_steps = steps(config.eval_steps or config.logging_steps, updates // 2)
     # A multiple of the evaluations, so that every checkpoint has its accuracy.
-    config.save_steps = config.eval_steps * max(int(min(config.save_steps, updates)) // config.eval_steps, 1)
+    config.save_steps = config.eval_steps * max(steps(config.save_steps, updates) // config.eval_steps, 1)
+    if updates < MIN_WARMUP_UPDATES:
+        config.warmup_steps = 0  # the first update of a warm-up has learning rate 0
     return updates
 
 
-def load_data(directory: str) -> tuple[DatasetDict, dict[str, Any]]:
-    """Splits and metadata as `load_helpsteer_dataset.py` wrote them.
+def check_tokens(split: Dataset, tokenizer, max_length: int, made_by: str) -> None:
+    """Make sure that the data holds the ids that this tokenizer gives.
 
     Raises:
-        InputError: nothing there, or not complete.
+        InputError: the data was tokenised for another model.
     """
-    try:
-        metadata = json.loads((Path(directory) / "metadata.json").read_text(encoding="utf-8"))
-        return load_from_disk(directory), metadata
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"{directory}: no complete dataset here; run load_helpsteer_dataset.py first") from error
+    rows = split.select(range(min(len(split), 8)))
+    for side in ("chosen", "rejected"):
+        encoded = encode_batch(tokenizer, rows["prompt"], rows[side], max_length)
+        if [one.ids for one in encoded] != list(rows[f"{side}_ids"]):
+            raise InputError(f"the data was tokenised with {made_by}; run load_helpsteer_dataset.py with this --model")
 
 
 def run_settings(
     script: ScriptArguments, config: RewardConfig, metadata: dict[str, Any], origin: str
 ) -> dict[str, Any]:
-    """All resolved settings, with a hash that identifies the data."""
-    digest = hashlib.sha256(json.dumps(metadata, sort_keys=True).encode()).hexdigest()[:16]
-    return {**config.to_dict(), **vars(script), "data": f"{script.data} {digest}", "base_model": origin}
+    """All resolved settings, with what identifies base model and data."""
+    data = {name: metadata[name] for name in ("digest", "seed", "max_length", "tokenizer")}
+    run = {"base_model": origin, "data_identity": data, "world_size": config.world_size}
+    return {**config.to_dict(), **vars(script), **run}
 
 
 def prepare_checkpoints(checkpoints: Path, settings: dict[str, Any], fresh: bool) -> None:
@@ -250,7 +285,8 @@ def prepare_checkpoints(checkpoints: Path, settings: dict[str, Any], fresh: bool
     saved = checkpoints / "settings.json"
     if saved.is_file() and last_checkpoint(checkpoints) and not fresh:
         before, now = json.loads(saved.read_text(encoding="utf-8")), json.loads(json.dumps(settings, default=str))
-        changed = [name for name in TRAJECTORY if before.get(name) != now.get(name)]
+        names = sorted((before.keys() | now.keys()) - IGNORED_ON_RESUME)
+        changed = [name for name in names if before.get(name) != now.get(name)]
         if not changed:
             return
         if not (checkpoints / "finished").exists():
@@ -259,7 +295,7 @@ def prepare_checkpoints(checkpoints: Path, settings: dict[str, Any], fresh: bool
                 f"{checkpoints}: holds an unfinished run with other settings ({changes}); "
                 "--fresh starts over, another --output_dir keeps both"
             )
-    with replace_directory(checkpoints) as directory:
+    with replace_directory(checkpoints, marker="settings.json") as directory:
         write_text(directory / "settings.json", json.dumps(settings, indent=2, default=str) + "\n")
 
 
@@ -275,7 +311,17 @@ def is_complete(checkpoint: Path) -> bool:
         json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return any(checkpoint.glob("*.safetensors")) and (checkpoint / "scheduler.pt").is_file()
+    return True
+
+
+def claim_output(output: Path) -> None:
+    """Refuse a directory that holds something else than a reward model or its checkpoints.
+
+    Raises:
+        InputError: it does.
+    """
+    if output.exists() and not (output.is_dir() and (not any(output.iterdir()) or (output / "checkpoints").is_dir())):
+        raise InputError(f"{output}: holds other files, which a model would overwrite; choose another --output_dir")
 
 
 # --- results ---------------------------------------------------------------------------------------------------------
@@ -326,8 +372,8 @@ between answers to one prompt have a meaning.
 | mean margin | {metrics["mean_margin"]:.3f} |
 | reward mean, standard deviation | {metrics["reward_mean"]:.3f}, {metrics["reward_std"]:.3f} |
 
-The weights are those of the best of {metrics["evaluations"]} evaluations on up to
-{settings["max_eval_samples"]} of these pairs, so the accuracy is slightly optimistic.
+The weights are the best of {metrics["candidates"]} checkpoint(s), chosen on up to
+{settings["max_eval_samples"]} of these pairs: with several of them the accuracy is slightly optimistic.
 
 ![training curves](plots/training_curves.png)
 
@@ -337,7 +383,7 @@ The weights are those of the best of {metrics["evaluations"]} evaluations on up 
 - {metrics["updates"]:,} updates of {metrics["pairs_per_update"]} pairs, learning rate {settings["learning_rate"]},
   {settings["num_train_epochs"]} epoch(s), centering {settings["center_rewards_coefficient"]}, seed {settings["seed"]};
   all settings in `settings.json`
-- {metrics["train_seconds"]:,.0f} s in updates on {metrics["device"]}: {metrics["train_pairs_per_second"]:.2f} pairs/s
+- {metrics["train_seconds"]:,.0f} s in updates on {metrics["device"]}
 
 ## Use
 ```python
@@ -358,7 +404,8 @@ A small model: expect it to notice form, topic and language before facts.
 
 def publish(staging: Path, output: Path) -> None:
     """Move finished files into place; `config.json` goes first and comes last, since nothing reads a model without."""
-    (output / "config.json").unlink(missing_ok=True)
+    for stale in ("config.json", "demonstration.json"):
+        (output / stale).unlink(missing_ok=True)
     for item in sorted(staging.iterdir(), key=lambda item: item.name == "config.json"):
         if item.is_dir():
             shutil.rmtree(output / item.name, ignore_errors=True)
@@ -369,7 +416,7 @@ def publish(staging: Path, output: Path) -> None:
 
 
 def build_trainer(
-    script: ScriptArguments, config: RewardConfig, splits: DatasetDict, max_length: int
+    script: ScriptArguments, config: RewardConfig, splits: DatasetDict, metadata: dict[str, Any]
 ) -> tuple[PairTrainer, str]:
     """Trainer over the drawn pairs with a fresh reward model, and in words where its base model came from."""
     if DEVICE.type == "cpu":
@@ -381,25 +428,36 @@ def build_trainer(
         source = resolve_model(script.model)
     tokenizer = load_tokenizer(source.path)
     model = load_reward_model(source.path, tokenizer.pad_token_id, config.seed, script.dropout)
-    model.config.reward_max_length = max_length
-    trainer = PairTrainer(
-        model=model,
-        args=config,
-        train_dataset=train_pairs,
-        eval_dataset=eval_pairs,
-        processing_class=tokenizer,
-        compute_metrics=pair_accuracy,
-    )
+    model.config.reward_max_length = metadata["max_length"]
+    for split in (train_pairs, eval_pairs):
+        check_tokens(split, tokenizer, metadata["max_length"], metadata["tokenizer"])
+    try:
+        trainer = PairTrainer(
+            model=model,
+            args=config,
+            train_dataset=train_pairs,
+            eval_dataset=eval_pairs,
+            processing_class=tokenizer,
+            compute_metrics=pair_accuracy,
+        )
+    except (ImportError, RuntimeError) as error:
+        if not config.report_to:
+            raise
+        raise InputError(f"--report_to {' '.join(config.report_to)}: {first_line(error)}") from error
     return trainer, source.origin
 
 
 def train(trainer: PairTrainer, settings: dict[str, Any], fresh: bool) -> Watch:
     """Run or resume the training; ends the process with exit code 130 when it was interrupted."""
     checkpoints, first = Path(trainer.args.output_dir), trainer.is_world_process_zero()
-    if first:
-        prepare_checkpoints(checkpoints, settings, fresh)
-    trainer.accelerator.wait_for_everyone()
-    checkpoint = trainer.args.resume_from_checkpoint or last_checkpoint(checkpoints)
+    checkpoint = trainer.args.resume_from_checkpoint
+    if checkpoint and not is_complete(Path(checkpoint)):
+        raise InputError(f"{checkpoint}: not a complete checkpoint; name a checkpoint-N directory")
+    if not checkpoint:
+        if first:
+            prepare_checkpoints(checkpoints, settings, fresh)
+        trainer.accelerator.wait_for_everyone()
+        checkpoint = last_checkpoint(checkpoints)
     if checkpoint and first:
         print(f"Resuming from {checkpoint} (--fresh starts over).")
     watch = Watch()
@@ -418,14 +476,16 @@ def train(trainer: PairTrainer, settings: dict[str, Any], fresh: bool) -> Watch:
 def run_figures(trainer: PairTrainer, watch: Watch) -> dict[str, Any]:
     """What the training did and how fast."""
     config, state = trainer.args, trainer.state
+    evaluated = {entry["step"] for entry in state.log_history if "eval_pair_accuracy" in entry}
+    saved = {step for step in evaluated if step % config.save_steps == 0 or step == state.max_steps}
     pairs_per_update = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
     return {
         "train_pairs": len(trainer.train_dataset),
-        "train_pairs_per_second": watch.updates * pairs_per_update / watch.seconds,
+        "train_pairs_per_second": watch.updates * pairs_per_update / watch.seconds if watch.seconds else None,
         "train_seconds": watch.seconds,
         "updates": state.global_step,
         "pairs_per_update": pairs_per_update,
-        "evaluations": sum("eval_pair_accuracy" in entry for entry in state.log_history),
+        "candidates": len(saved) if config.load_best_model_at_end else 1,
         "best_checkpoint": Path(state.best_model_checkpoint or "").name or None,
         "device": f"{DEVICE.type} ({'bf16' if config.bf16 else 'fp16' if config.fp16 else 'fp32'})",
     }
@@ -455,7 +515,7 @@ def finish(
     if not trainer.is_world_process_zero():
         return None
     try:
-        evaluator = RewardModelEvaluator(staging, mixed_precision=True)
+        evaluator = RewardModelEvaluator(str(staging), mixed_precision=True)
         results = evaluate_pairs(evaluator, validation["prompt"], validation["chosen"], validation["rejected"])
         metrics = {**results, "source": metadata["source"], **run_figures(trainer, watch)}
         write_results(staging, metrics, settings, metadata, trainer.state.log_history)
@@ -467,16 +527,17 @@ def finish(
 
 def report(metrics: dict[str, Any], output: Path) -> str:
     """The result in one line."""
-    speed = f"{metrics['train_seconds']:.0f} s in updates, {metrics['train_pairs_per_second']:.2f} pairs/s"
+    speed = f"{metrics['train_seconds']:.0f} s in updates, {metrics['train_pairs_per_second'] or math.nan:.2f} pairs/s"
     return f"{summary(metrics)}; {speed}; written to {output}/"
 
 
 def main() -> None:
     script, config = parse_settings()
-    splits, metadata = load_data(script.data)
     output = Path(config.output_dir)
     config.output_dir = str(output / "checkpoints")
-    trainer, origin = build_trainer(script, config, splits, metadata["max_length"])
+    claim_output(output)
+    splits, metadata = load_processed(script.data)
+    trainer, origin = build_trainer(script, config, splits, metadata)
     settings = run_settings(script, config, metadata, origin)
     watch = train(trainer, settings, script.fresh)
     metrics = finish(trainer, watch, splits["validation"], settings, metadata, output)

@@ -41,7 +41,7 @@ def test_markers_become_turns():
         ("windows\r\n<extra_id_1>Assistant\r\nyes\r\n<extra_id_1>User\r\nno", ["windows", "yes", "no"]),
         ("<extra_id_0>System\nBe brief.\n<extra_id_1>User\nHi", ["Be brief.", "Hi"]),
         ("a stray <extra_id_1> marker", ["a stray  marker"]),
-        ("talks about <extra_id_1>Users in a line", ["talks about Users in a line"]),
+        ("talks about <extra_id_1>User\nin a line", ["talks about User\nin a line"]),
         ("", [""]),
     ],
 )
@@ -193,6 +193,13 @@ def test_length_rule_holds_for_random_texts(tokenizer):
 def test_too_small_a_limit_is_refused(tokenizer):
     with pytest.raises(ValueError, match="at least 32"):
         encode(tokenizer, "a", "b", 16)
+
+
+def test_a_template_that_refuses_the_messages_is_a_value_error(smollm):
+    tokenizer = AutoTokenizer.from_pretrained(smollm)
+    tokenizer.chat_template = "{{ raise_exception('no system role') }}"
+    with pytest.raises(ValueError, match="no system role"):
+        encode(tokenizer, "a", "b", 64)
 
 
 def test_counts_must_match(tokenizer):

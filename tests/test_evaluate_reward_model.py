@@ -63,3 +63,11 @@ def test_script_scores_files_and_processed_directories(
 def test_nothing_to_evaluate_is_an_error(monkeypatch, tiny_reward_model, write_jsonl):
     with pytest.raises(SystemExit, match="no usable pair in 1 rows"):
         run_main(erm, monkeypatch, "--model", tiny_reward_model, "--pairs", write_jsonl([{"prompt": "a"}]))
+
+
+def test_splits_and_broken_directories_are_named(monkeypatch, tiny_reward_model, processed):
+    with pytest.raises(SystemExit, match="choose one of its splits by --split: train, validation"):
+        run_main(erm, monkeypatch, "--model", tiny_reward_model, "--pairs", processed, "--split", "test")
+    (erm.Path(processed) / "dataset_dict.json").unlink()
+    with pytest.raises(SystemExit, match=r"run load_helpsteer_dataset\.py first"):
+        run_main(erm, monkeypatch, "--model", tiny_reward_model, "--pairs", processed)

@@ -47,7 +47,6 @@ def prepared(monkeypatch, tmp_path, tiny_model, *arguments):
         {**PAIR, "chosen_score": 3.2, "rejected_score": 0.4},
         {key: value for key, value in HUB_PAIR.items() if key != "prompt"},
         {**HUB_PAIR, "prompt": [USER]},
-        {**HUB_PAIR, "chosen": json.dumps(HUB_PAIR["chosen"]), "rejected": json.dumps(HUB_PAIR["rejected"])},
     ],
 )
 def test_every_published_schema_gives_the_same_pair(row):
@@ -61,9 +60,10 @@ def test_multi_turn_prompts_become_turns():
     chosen, rejected = (
         [{"role": "user", "content": prompt}, {"role": "assistant", "content": a}] for a in ("Red", "7")
     )
-    pair = lhd.check_pair({"prompt": prompt, "chosen": chosen, "rejected": rejected})
-    assert [message["role"] for message in pair["prompt"]] == ["user", "assistant", "user"]
-    assert pair["chosen_rating"] is None
+    for packed in ({"prompt": prompt}, {"prompt": [{"role": "user", "content": prompt}]}, {}):
+        pair = lhd.check_pair({**packed, "chosen": chosen, "rejected": rejected})
+        assert [message["role"] for message in pair["prompt"]] == ["user", "assistant", "user"]
+        assert pair["chosen_rating"] is None
 
 
 @pytest.mark.parametrize(
@@ -84,13 +84,13 @@ def test_multi_turn_prompts_become_turns():
         ({"rejected": 7}, "response is not a text or message list"),
         ({"rejected": [USER]}, "response is not a text or message list"),
         ({"rejected": " Red. "}, "chosen equals rejected"),
-        ({"chosen": '[{"role": "user", }]'}, "message list is not valid JSON"),
         (
             {"chosen": [{"role": "user", "content": "Else?"}, {"role": "assistant", "content": "Red."}]},
             "response repeats another prompt",
         ),
         ({"chosen_rating": "good", "rejected_rating": 1}, "rating is not a number"),
         ({"chosen_rating": float("nan"), "rejected_rating": 1}, "rating is not a number"),
+        ({"chosen_rating": 10**400, "rejected_rating": 1}, "rating is not a number"),
         ({"chosen_rating": True, "rejected_rating": 0}, "rating is not a number"),
         ({"chosen_rating": 1, "rejected_rating": 1.2}, "rating says the rejected is better"),
         ({"chosen_rating": 2, "rejected_rating": 2.0}, "tied ratings"),
@@ -152,6 +152,14 @@ def test_all_file_types_give_the_same_rows(tmp_path):
     for path in files:
         assert rows_of(path) == rows, path
     assert rows_of(tmp_path) == rows * 9
+
+
+def test_csv_cells_may_hold_message_lists(tmp_path):
+    cells = {side: json.dumps(HUB_PAIR[side]) for side in ("chosen", "rejected")}
+    write_csv(tmp_path / "a.csv", [{**HUB_PAIR, **cells}, {**HUB_PAIR, **cells, "chosen": '[{"role": "user", }]'}])
+    good, bad = lhd.open_source(str(tmp_path / "a.csv")).rows
+    assert lhd.check_pair(good.values)["chosen"] == "Red."
+    assert bad.problem == "message list is not valid JSON"
 
 
 def test_locations_name_file_and_row(tmp_path):
@@ -227,6 +235,12 @@ def test_a_named_hub_source_out_of_reach_is_an_error(name):
         lhd.open_sources([name], None)
 
 
+def flipped(content: bytes) -> bytes:
+    """The bytes with some in the middle inverted."""
+    middle = len(content) // 2
+    return content[:middle] + bytes(byte ^ 0xFF for byte in content[middle : middle + 8]) + content[middle + 8 :]
+
+
 @pytest.mark.parametrize(
     "name, content, message",
     [
@@ -234,6 +248,7 @@ def test_a_named_hub_source_out_of_reach_is_an_error(name):
         ("x.parquet", b"not parquet", "can not be read to its end"),
         ("x.jsonl.gz", b"not gzip", "can not be read to its end"),
         ("x.jsonl.gz", gzip.compress(json.dumps(PAIR).encode() * 1000)[:-20], "can not be read to its end"),
+        ("x.jsonl.gz", flipped(gzip.compress(json.dumps(PAIR).encode() * 1000)), "can not be read to its end"),
         ("x.json", b'[{"prompt": "a"}, {"pro', "can not be read to its end"),
         ("x.csv", "prompt,chosen\né".encode("latin-1"), "can not be read to its end"),
     ],
@@ -317,7 +332,7 @@ def test_from_rows_to_disk(monkeypatch, tmp_path, tiny_model, write_jsonl, capsy
     first = write_jsonl([*good[:15], *bad], "first.jsonl")
     second = write_jsonl(good[15:], "second.jsonl")
     splits, metadata = prepared(monkeypatch, tmp_path, tiny_model, "--source", first, second, "--max_length", "64")
-    assert metadata["rows"]["read"] == 26
+    assert (metadata["rows"]["read"], metadata["rows"]["pairs"]) == (26, 26)
     assert metadata["rows"]["dropped"] == {
         "null": 1, "empty response": 1, "missing column chosen": 1, "rating says the rejected is better": 1,
         "duplicate pair": 1, "contradicting pair": 2,
@@ -334,7 +349,7 @@ def test_from_rows_to_disk(monkeypatch, tmp_path, tiny_model, write_jsonl, capsy
         assert row["chosen_ids"] == encode(tokenizer, row["prompt"], row["chosen"], 64)
         assert row["length"] == max(len(row["chosen_ids"]), len(row["rejected_ids"]))
     out = capsys.readouterr().out
-    assert "contradicting pair" in out and "26 read, 7 dropped, 19 kept" in out
+    assert "contradicting pair" in out and "26 read, with 26 pairs: 7 dropped, 0 over the limit, 19 kept" in out
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
         "train", "validation", "dataset_dict.json", "metadata.json", "length_histogram.png",
     }  # fmt: skip
@@ -362,7 +377,10 @@ def test_pairs_that_the_cut_makes_equal_are_left_out_of_train(monkeypatch, tmp_p
     rows += [{"prompt": f"q {i}", "chosen": "good", "rejected": "bad"} for i in range(5)]
     splits, metadata = prepared(monkeypatch, tmp_path, tiny_model, "--source", write_jsonl(rows), "--max_length", "64")
     assert sum(metadata["identical_after_cut"].values()) == 5
-    assert metadata["splits"]["train"] == 8 - metadata["identical_after_cut"]["train"] == len(splits["train"])
+    in_train = metadata["identical_after_cut"]["train"]
+    assert metadata["splits"]["train"] == 8 - in_train == len(splits["train"])
+    assert metadata["rows"]["dropped"] == {"identical once cut to max_length (training pair)": in_train}
+    assert metadata["rows"]["kept"] == 10 - in_train
     assert len(splits["validation"]) == 2
 
 
@@ -372,14 +390,14 @@ def test_limit_draws_a_fixed_sample(monkeypatch, tmp_path, tiny_model, write_jso
     for _ in range(2):
         splits, metadata = prepared(monkeypatch, tmp_path, tiny_model, "--source", source, "--limit", "10")
         kept.append([row["chosen"] for split in splits.values() for row in split])
-        assert metadata["rows"]["kept"] == 10
+        assert (metadata["rows"]["kept"], metadata["rows"]["not_drawn"]) == (10, 40)
     assert kept[0] == kept[1]
     assert kept[0] != [pair["chosen"] for pair in make_pairs(10)]
 
 
 @pytest.mark.parametrize(
     "rows, message",
-    [([], "the source is empty"), ([{"question": "a"}], r"1 of 1 rows: missing column chosen \(first: .* row 1\)")],
+    [([], "the source is empty"), ([{"question": "a"}], r"1 of 1 pairs: missing column chosen \(first: .* row 1\)")],
 )
 def test_nothing_usable_keeps_what_was_there(monkeypatch, tmp_path, tiny_model, write_jsonl, rows, message):
     prepared(monkeypatch, tmp_path, tiny_model, "--source", write_jsonl(make_pairs(10)))
@@ -387,6 +405,31 @@ def test_nothing_usable_keeps_what_was_there(monkeypatch, tmp_path, tiny_model, 
         prepared(monkeypatch, tmp_path, tiny_model, "--source", write_jsonl(rows, "bad.jsonl"))
     assert len(load_from_disk(str(tmp_path / "out"))["train"]) == 8
     assert not list(tmp_path.glob(".*"))
+
+
+def test_raw_rows_are_counted_as_rows_and_pairs(monkeypatch, tmp_path, tiny_model, write_jsonl):
+    rows = [raw(f"p {i}", answer, *marks) for i in range(4) for answer, marks in (("x", [1] * 5), ("y", [2] * 5))]
+    rows += [raw("tie", answer, *[1] * 5) for answer in "xy"]
+    _, metadata = prepared(monkeypatch, tmp_path, tiny_model, "--source", write_jsonl(rows))
+    counts = metadata["rows"]
+    assert (counts["read"], counts["pairs"], counts["dropped"], counts["kept"]) == (10, 5, {"tied ratings": 1}, 4)
+
+
+def test_the_digest_tells_other_pairs_apart(monkeypatch, tmp_path, tiny_model, write_jsonl):
+    pairs = make_pairs(10)
+    other = [*pairs[:9], {**pairs[9], "rejected": "No clue about 9, ask somebody else please."}]  # the same lengths
+    digests = [
+        prepared(monkeypatch, tmp_path, tiny_model, "--source", write_jsonl(rows, name))[1]["digest"]
+        for rows, name in ((pairs, "a.jsonl"), (pairs[::-1], "b.jsonl"), (other, "c.jsonl"))
+    ]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_other_directories_are_not_replaced(monkeypatch, tmp_path, tiny_model, write_jsonl):
+    source = write_jsonl(make_pairs(10))
+    with pytest.raises(SystemExit, match="holds other files"):
+        run_main(lhd, monkeypatch, "--model", tiny_model, "--source", source, "--output", tmp_path)
+    assert Path(source).is_file()
 
 
 @pytest.mark.parametrize("flag", [["--max_length", "8"], ["--limit", "1"], ["--no_such_flag", "1"]])

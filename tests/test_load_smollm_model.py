@@ -55,32 +55,55 @@ def test_mps_computes_in_fp32():
 # --- where a model comes from ----------------------------------------------------------------------------------------
 
 
-def test_a_silent_hub_counts_as_out_of_reach(monkeypatch):
-    release = threading.Event()
+@pytest.fixture
+def hub(monkeypatch):
+    """Let the hub answer a probe by calling a function."""
 
-    class Session:
-        def head(self, *args, **kwargs):
-            release.wait()  # a name lookup that never returns
+    def answer_by(function):
+        session = type("Session", (), {"head": lambda self, url, timeout: function()})
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(huggingface_hub, "get_session", session)
+        lsm.hub_reachable.cache_clear()
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub, "get_session", Session)
-    monkeypatch.setattr(lsm, "HUB_TIMEOUT", 0.1)
+    yield answer_by
     lsm.hub_reachable.cache_clear()
+
+
+def answer(status):
+    return type("Response", (), {"status_code": status})
+
+
+@pytest.mark.parametrize("status, expected", [(200, True), (307, True), (401, True), (503, False)])
+def test_the_answer_of_the_hub_decides(hub, status, expected):
+    hub(lambda: answer(status))
+    assert lsm.hub_reachable() is expected
+
+
+def test_a_silent_hub_counts_as_out_of_reach(hub, monkeypatch):
+    release = threading.Event()
+    hub(release.wait)  # a name lookup that never returns
+    monkeypatch.setattr(lsm, "HUB_TIMEOUT", 0.1)
     assert lsm.hub_reachable() is False
     release.set()
-    lsm.hub_reachable.cache_clear()
 
 
-def test_an_answering_hub_is_in_reach(monkeypatch):
-    class Session:
-        def head(self, url, timeout):
-            assert url == huggingface_hub.constants.ENDPOINT
+def test_a_refused_connection_counts_as_out_of_reach(hub):
+    def refuse():
+        raise ConnectionError
 
-    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(huggingface_hub, "get_session", Session)
-    lsm.hub_reachable.cache_clear()
-    assert lsm.hub_reachable() is True
-    lsm.hub_reachable.cache_clear()
+    hub(refuse)
+    assert lsm.hub_reachable() is False
+
+
+def test_a_download_that_breaks_off_falls_back(hub, monkeypatch, smollm):
+    def break_off(*args, **options):
+        raise ConnectionResetError
+
+    hub(lambda: answer(200))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", break_off)
+    assert lsm.resolve_model().path == smollm
+    with pytest.raises(lsm.InputError, match=r"some/model.*can not be reached"):
+        lsm.resolve_model("some/model")
 
 
 def test_the_hub_cache_comes_before_the_packaged_weights(cache_of_the_hub, tiny_model):
@@ -92,7 +115,7 @@ def test_the_hub_cache_comes_before_the_packaged_weights(cache_of_the_hub, tiny_
     snapshot.symlink_to(tiny_model)
     source = lsm.resolve_model()
     assert source.path == str(snapshot)
-    assert source.origin == f"hub {lsm.MODEL_NAME}, revision {'a' * 40} (cached)"
+    assert source.origin == f"hub {lsm.MODEL_NAME}, revision {'a' * 40}"
     assert lsm.load_sft_model(source.path).config.hidden_size == 32
 
 
@@ -176,6 +199,17 @@ def test_a_trained_head_is_left_alone(tiny_reward_model):
     assert torch.equal(trained.score.weight, again.score.weight)
 
 
+def test_the_head_stays_in_fp32_under_autocast(tiny_reward_model):
+    _, model = lsm.load_trained_reward_model(tiny_reward_model)
+    ids = torch.arange(100, 140)[None]
+    with torch.no_grad(), lsm.autocast(torch.device("cpu"), torch.bfloat16):
+        hidden = model.model(ids).last_hidden_state
+        reward = model(ids).logits
+    assert reward.dtype is torch.float32
+    assert torch.allclose(reward, hidden[:, -1].float() @ model.score.weight.T, atol=1e-6)
+    assert reward.item() != reward.bfloat16().item()
+
+
 def test_dropout_reaches_the_attention(tiny_model):
     assert lsm.load_reward_model(tiny_model, 0, dropout=0.3).model.layers[0].self_attn.attention_dropout == 0.3
 
@@ -212,16 +246,56 @@ def test_damaged_weights_are_named(tiny_model, tmp_path):
 
 def test_a_directory_is_replaced_whole_or_not_at_all(tmp_path):
     target = tmp_path / "result"
-    with lsm.replace_directory(target) as directory:
-        (directory / "a").write_text("first")
-    with pytest.raises(RuntimeError), lsm.replace_directory(target) as directory:
-        (directory / "a").write_text("half")
+    with lsm.replace_directory(target, "mark") as directory:
+        (directory / "mark").write_text("first")
+    with pytest.raises(RuntimeError), lsm.replace_directory(target, "mark") as directory:
+        (directory / "mark").write_text("half")
         raise RuntimeError
     assert [path.name for path in tmp_path.iterdir()] == ["result"]
-    assert (target / "a").read_text() == "first"
-    with lsm.replace_directory(target) as directory:
+    assert (target / "mark").read_text() == "first"
+    with lsm.replace_directory(target, "mark") as directory:
         (directory / "b").write_text("second")
     assert [path.name for path in target.iterdir()] == ["b"]
+
+
+def test_directories_of_others_are_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    for target in (tmp_path, tmp_path / "thesis.txt"):
+        with pytest.raises(lsm.InputError, match="holds other files"), lsm.replace_directory(target, "mark"):
+            pass
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_a_failed_exchange_keeps_the_old_directory(tmp_path, monkeypatch):
+    target = tmp_path / "result"
+    with lsm.replace_directory(target, "mark") as directory:
+        (directory / "mark").write_text("first")
+    real = lsm.Path.rename
+
+    def fail(path, new):
+        if path.name.endswith(".tmp"):
+            raise OSError("no space left")
+        return real(path, new)
+
+    monkeypatch.setattr(lsm.Path, "rename", fail)
+    with pytest.raises(OSError, match="no space left"), lsm.replace_directory(target, "mark") as directory:
+        (directory / "mark").write_text("second")
+    assert (target / "mark").read_text() == "first"
+
+
+def test_a_killed_exchange_is_mended(tmp_path):
+    (tmp_path / ".result.old").mkdir()
+    (tmp_path / ".result.old" / "mark").write_text("first")
+    with pytest.raises(RuntimeError), lsm.replace_directory(tmp_path / "result", "mark"):
+        raise RuntimeError
+    assert (tmp_path / "result" / "mark").read_text() == "first"
+
+
+def test_text_is_written_whole_and_directories_are_made(tmp_path):
+    lsm.write_text(tmp_path / "new" / "a.txt", "broken \ud800")
+    assert (tmp_path / "new" / "a.txt").read_text() == "broken ?"
+    with pytest.raises(lsm.InputError, match="can not be written"):
+        lsm.write_text(tmp_path / "new" / "a.txt" / "b.txt", "x")
 
 
 def test_user_errors_are_one_line_with_exit_code_1():
@@ -241,6 +315,19 @@ def test_script_reports_and_answers(tiny_model, monkeypatch, capsys):
     assert f"local directory {tiny_model}" in out
     assert f"{size:,} (float32)" in out
     assert lsm.PROMPT in out
+
+
+@pytest.mark.parametrize("flags", [["--max_new_tokens", "0"], ["--nonsense"]])
+def test_bad_flags_are_usage_errors(monkeypatch, flags):
+    monkeypatch.setattr("sys.argv", ["load_smollm_model.py", *flags])
+    with pytest.raises(SystemExit) as ended:
+        lsm.main()
+    assert ended.value.code == 2
+
+
+def test_a_prompt_that_is_answered_already_is_named(tiny_model, tokenizer):
+    with pytest.raises(lsm.InputError, match="must end with a user turn"):
+        lsm.answer(lsm.load_sft_model(tiny_model), tokenizer, "a\n<extra_id_1>Assistant\nb", 9000)
 
 
 def test_greedy_answer_of_the_real_model(smollm, tokenizer):

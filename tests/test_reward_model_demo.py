@@ -175,9 +175,20 @@ def test_as_reward_function_of_grpo(tiny_reward_model, tiny_model, tmp_path):
         max_completion_length=8, bf16=False, report_to="none", save_strategy="no", logging_steps=1,
     )  # fmt: skip
     trainer = GRPOTrainer(model=tiny_model, reward_funcs=tiny_reward_model, args=config, train_dataset=prompts)
+    seen = []  # what TRL fed the reward model, and what it returned
+    trainer.reward_funcs[0].register_forward_hook(
+        lambda model, args, inputs, output: seen.append((inputs["input_ids"], output.logits)), with_kwargs=True
+    )
     trainer.train()
-    rewards = [entry["reward"] for entry in trainer.state.log_history if "reward" in entry]
-    assert len(rewards) == 1 and math.isfinite(rewards[0]) and rewards[0] != 0
+    (entry,) = (entry for entry in trainer.state.log_history if "reward" in entry)
+    ((input_ids, logits),) = seen
+    assert entry["reward"] == pytest.approx(logits.mean().item(), abs=1e-4)
+    evaluator = RewardModelEvaluator(tiny_reward_model, device="cpu")
+    for ids, logit in zip(input_ids, logits, strict=True):
+        text = evaluator.tokenizer.decode(ids[ids != evaluator.tokenizer.pad_token_id])
+        prompt, response = text.removeprefix("<|im_start|>user\n").split("<|im_end|>\n<|im_start|>assistant\n")
+        score = evaluator.get_reward_score(prompt, response.removesuffix("<|im_end|>\n"))
+        assert logit.item() == pytest.approx(score, abs=1e-4)
 
 
 # --- directories that are no whole reward model ----------------------------------------------------------------------
@@ -232,15 +243,20 @@ def test_a_file_is_scored_line_by_line(monkeypatch, evaluator, tiny_reward_model
         {"prompt": "Hi", "responses": ["a", "b", "ё"]},
         {"prompt": "Hi", "chosen": "a", "rejected": messages},
         {"prompt": "Hi", "responses": []},
+        {"prompt": "Hi", "response": "a", "note": "\ud800"},
     ]
-    run(monkeypatch, tiny_reward_model, "--file", write_jsonl(rows), "--output", tmp_path / "scores.jsonl")
-    scored = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    source = write_jsonl(rows[:4])
+    with open(source, "a") as file:
+        file.write(json.dumps(rows[4]) + "\n")
+    run(monkeypatch, tiny_reward_model, "--file", source, "--output", tmp_path / "new" / "scores.jsonl")
+    scored = [json.loads(line) for line in (tmp_path / "new" / "scores.jsonl").read_text().splitlines()]
     a, b, yo = (evaluator.get_reward_score("Hi", text) for text in ("a", "b", "ё"))
     assert scored == [
         {**rows[0], "reward": pytest.approx(a, abs=1e-5)},
         {**rows[1], "rewards": pytest.approx([a, b, yo], abs=1e-5)},
         {**rows[2], "chosen_reward": pytest.approx(a, abs=1e-5), "rejected_reward": pytest.approx(b, abs=1e-5)},
         {**rows[3], "rewards": []},
+        {**rows[4], "reward": pytest.approx(a, abs=1e-5), "note": "?"},
     ]
 
 
@@ -252,6 +268,7 @@ def test_a_file_is_scored_line_by_line(monkeypatch, evaluator, tiny_reward_model
         ('{"prompt": "a"}', "row 2: needs prompt"),
         ('{"prompt": "a", "response": null}', "row 2: needs prompt"),
         ("[]", "row 2: needs prompt"),
+        ('{"prompt": "a", "responses": "text"}', "responses is not a list"),
     ],
 )
 def test_a_bad_line_is_named_and_nothing_written(monkeypatch, tiny_reward_model, tmp_path, line, message):
@@ -260,6 +277,11 @@ def test_a_bad_line_is_named_and_nothing_written(monkeypatch, tiny_reward_model,
     with pytest.raises(SystemExit, match=message):
         run(monkeypatch, tiny_reward_model, "--file", source, "--output", tmp_path / "out.jsonl")
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_a_prompt_that_is_answered_already_is_named(monkeypatch, tiny_reward_model):
+    with pytest.raises(SystemExit, match="must end with a user turn"):
+        run(monkeypatch, tiny_reward_model, "--prompt", "a\n<extra_id_1>Assistant\nb", "--responses", "c", "d")
 
 
 @pytest.mark.parametrize("arguments", [["--prompt", "a"], ["--responses", "a"], ["--file", "x.jsonl"], ["--nonsense"]])
