@@ -1,7 +1,8 @@
 """The usual recipe, for comparison: the same pairs, seed and number of updates, prepared the way most public code does.
 
 What it does differently from `train_reward_model.py`: default system prompt in every conversation, prompt and answer
-joined and cut on the right to the same number of tokens, pad token = end-of-turn token, head as drawn, no centering.
+joined and cut on the right to the same number of tokens, pad token = end-of-turn token, head as drawn and rounded to
+bf16, no centering, and the last state of the training instead of the best checkpoint.
 
 In:  `processed_helpsteer/` (texts, split and `max_length` of it) and the settings of `train_reward_model.py`.
 Out: accuracy on the whole validation split on the terminal and in `--output`.
@@ -25,21 +26,26 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_reward_model as ours
 from evaluate_reward_model import pair_metrics, summary
-from load_helpsteer_dataset import draw
-from load_smollm_model import MODEL_NAME, autocast, autocast_dtype, keep_freed_memory, resolve_model, run_script
+from load_helpsteer_dataset import draw, load_processed
+from load_smollm_model import (
+    MODEL_NAME,
+    autocast,
+    autocast_dtype,
+    keep_freed_memory,
+    resolve_model,
+    run_script,
+    write_text,
+)
 
 PASSED_ON = (
-    *("learning_rate", "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps"),
     *(
-        "warmup_steps",
-        "lr_scheduler_type",
-        "max_grad_norm",
-        "seed",
-        "bf16",
-        "fp16",
-        "use_cpu",
-        "gradient_checkpointing",
+        "learning_rate",
+        "num_train_epochs",
+        "per_device_train_batch_size",
+        "gradient_accumulation_steps",
+        "weight_decay",
     ),
+    *("warmup_steps", "lr_scheduler_type", "max_grad_norm", "bf16", "fp16", "use_cpu", "gradient_checkpointing"),
 )
 
 
@@ -81,7 +87,7 @@ def main() -> None:
     if ours.DEVICE.type == "cpu":
         keep_freed_memory()
 
-    splits, metadata = ours.load_data(options.data)
+    splits, metadata = load_processed(options.data)
     path = resolve_model(options.model).path
     tokenizer = AutoTokenizer.from_pretrained(path)
     tokenizer.pad_token = tokenizer.eos_token
@@ -92,7 +98,8 @@ def main() -> None:
     settings = {name: value for name, value in ours.default_config().items() if name in PASSED_ON}
     with tempfile.TemporaryDirectory() as scratch:
         config = RewardConfig(
-            **{**settings, "seed": options.seed},
+            **settings,
+            seed=options.seed,
             output_dir=scratch,
             max_length=None,
             save_strategy="no",
@@ -113,7 +120,7 @@ def main() -> None:
     print(json.dumps(metrics, indent=2))
     print(summary(metrics))
     if options.output:
-        options.output.write_text(json.dumps(metrics, indent=2) + "\n", encoding="utf-8")
+        write_text(options.output, json.dumps(metrics, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ from conftest import make_pairs, run_main
 from datasets import Dataset, load_from_disk
 from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid
-from transformers import TrainerCallback
+from transformers import AutoTokenizer, TrainerCallback
 
 import load_helpsteer_dataset
 import train_reward_model as trm
@@ -413,6 +413,19 @@ def test_data_that_was_not_finished_is_named(train, processed, missing):
         (trm.Path(processed) / missing).unlink()
     with pytest.raises(SystemExit, match=r"run load_helpsteer_dataset\.py first"):
         train()
+
+
+def test_the_naive_recipe_runs_on_the_same_pairs(monkeypatch, processed, tiny_model, tmp_path):
+    monkeypatch.syspath_prepend(trm.Path(trm.__file__).parent / "benchmarks")
+    import naive_recipe
+
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    row = {"prompt": [{"role": "user", "content": "word " * 100}], "chosen": "a", "rejected": "b"}
+    cut = [naive_recipe.joined_ids(tokenizer, row, side, 64) for side in ("chosen", "rejected")]
+    assert cut[0] == cut[1] and len(cut[0]) == 64  # what the length rule is there to prevent
+    run_main(naive_recipe, monkeypatch, "--data", processed, "--model", tiny_model, "--output", tmp_path / "naive.json")
+    metrics = json.loads((tmp_path / "naive.json").read_text())
+    assert (metrics["n"], metrics["train_pairs"], metrics["identical_after_cut"]) == (8, 32, 0)
 
 
 def test_the_real_model_takes_a_step(monkeypatch, smollm, tmp_path, write_jsonl):
