@@ -101,7 +101,7 @@ def encode(tokenizer, prompt: str | Sequence[dict[str, str]], response: str, max
 def encode_prompt(tokenizer, prompt: str | Sequence[dict[str, str]], max_length: int) -> list[int]:
     """Token ids up to where the response starts, at most `max_length // 2`: what `encode` puts before any response."""
     _check_max_length(max_length)
-    opening, _ = _render(tokenizer, parse_prompt(prompt))
+    opening, _ = _render(tokenizer, _special_tokens(tokenizer), parse_prompt(prompt))
     return _cut_middle(_tokenize(tokenizer, [opening])[0], max_length // 2)
 
 
@@ -122,13 +122,14 @@ def encode_batch(
     _check_max_length(max_length)
     if len(prompts) != len(responses):
         raise ValueError(f"{len(prompts)} prompts, but {len(responses)} responses")
+    special = _special_tokens(tokenizer)
     rendered: dict[str, tuple[Frame, Frame]] = {}
     frames = []
     for prompt in prompts:
         messages = parse_prompt(prompt)
         key = repr(messages)
         if key not in rendered:
-            rendered[key] = _render(tokenizer, messages)
+            rendered[key] = _render(tokenizer, special, messages)
         frames.append(rendered[key])
     parts = {part for frame in rendered.values() for part in frame}
     frame_ids = dict(zip(parts, _tokenize(tokenizer, parts), strict=True))
@@ -201,12 +202,11 @@ def _guard_for(messages: Messages) -> str:
     return GUARD * (1 + max(runs, default=0))
 
 
-def _render(tokenizer, messages: Messages) -> tuple[Frame, Frame]:
+def _render(tokenizer, special: re.Pattern, messages: Messages) -> tuple[Frame, Frame]:
     """Fill the chat template with `messages` and an answer; return what stands before and after the answer.
 
     Only control tokens that the template wrote count: those inside contents are broken by a guard while it is filled.
     """
-    special = _special_tokens(tokenizer)
     guard = _guard_for(messages)
     slot = f"{guard}response{guard}"
     protected = [

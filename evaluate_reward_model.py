@@ -21,9 +21,7 @@ from datasets import Dataset
 from conversations import Messages
 from load_helpsteer_dataset import (
     OUTPUT_DIR,
-    BadRow,
-    check_pair,
-    join_raw_rows,
+    checked_pairs,
     load_processed,
     longer_wins,
     open_source,
@@ -106,14 +104,9 @@ def read_pairs(name: str, split: str | None = None) -> Dataset:
     if (Path(name) / "metadata.json").is_file():
         splits, _ = load_processed(name)
         return splits[pick_split(name, list(splits), split or "validation")]
-    pairs, dropped = [], 0
-    for row in join_raw_rows(open_source(name, split).rows):
-        try:
-            if row.problem:
-                raise BadRow(row.problem)
-            pairs.append(check_pair(row.values))
-        except BadRow:
-            dropped += 1
+    found = [pair for _, pair, _ in checked_pairs(open_source(name, split).rows)]
+    pairs = [pair for pair in found if pair]
+    dropped = len(found) - len(pairs)
     if not pairs:
         raise InputError(f"{name}: no usable pair in {dropped} rows; load_helpsteer_dataset.py names the reasons")
     if dropped:

@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import ijson
-import matplotlib
 import numpy as np
 import pyarrow
 import pyarrow.parquet
@@ -43,6 +42,7 @@ from datasets import (
 )
 from datasets.arrow_writer import ArrowWriter
 from huggingface_hub import HfApi
+from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
 from conversations import MIN_MAX_LENGTH, Messages, encode_batch, parse_prompt, response_text
@@ -347,6 +347,15 @@ def check_pair(row: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def checked_pairs(rows: Iterable[Row]) -> Iterator[tuple[Row, dict[str, Any] | None, str | None]]:
+    """Rows of any schema, each with the pair that it holds, or with the reason why it holds none."""
+    for row in join_raw_rows(rows):
+        try:
+            yield row, None if row.problem else check_pair(row.values), row.problem
+        except BadRow as error:
+            yield row, None, str(error)
+
+
 def _checked_response(messages: Messages, completion: Any) -> str:
     try:
         text = response_text(completion)
@@ -423,16 +432,13 @@ def write_pairs(sources: list[Source], path: Path, tally: Tally) -> Dataset:
     """Stream all usable rows into one Arrow file."""
     writer = ArrowWriter(path=str(path), features=PAIR_FEATURES, writer_batch_size=BATCH_SIZE)
     for source in sources:
-        for row in tqdm(join_raw_rows(tally.count(source.rows)), desc=f"Reading {source.name}", unit=" pairs"):
+        pairs = checked_pairs(tally.count(source.rows))
+        for row, pair, reason in tqdm(pairs, desc=f"Reading {source.name}", unit=" pairs"):
             tally.pairs += 1
-            try:
-                if row.problem:
-                    raise BadRow(row.problem)
-                pair = check_pair(row.values)
-            except BadRow as error:
-                tally.drop(str(error), location=row.location)
-                continue
-            writer.write({**pair, **pair_keys(pair)})
+            if pair:
+                writer.write({**pair, **pair_keys(pair)})
+            else:
+                tally.drop(reason, location=row.location)
     if tally.dropped.total() == tally.pairs:
         raise InputError(f"{', '.join(source.name for source in sources)}: no usable pair; {_why_nothing(tally)}")
     writer.finalize()
@@ -584,14 +590,11 @@ def statistics(splits: DatasetDict) -> dict[str, Any]:
 
 def plot_lengths(splits: DatasetDict, max_length: int, path: Path) -> None:
     """Histogram of prompt and response lengths before the cut."""
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    columns = {"prompt_length": "prompt", "chosen_length": "chosen", "rejected_length": "rejected"}
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    tables = [split.select_columns(LENGTH_COLUMNS).with_format("numpy")[:] for split in splits.values()]
     values = {
-        label: np.concatenate([split.select_columns([name]).with_format("numpy")[:][name] for split in splits.values()])
-        for name, label in columns.items()
+        name.removesuffix("_length"): np.concatenate([table[name] for table in tables]) for name in LENGTH_COLUMNS
     }
     last = max(np.percentile(lengths, 99) for lengths in values.values())
     for label, lengths in values.items():
@@ -604,7 +607,6 @@ def plot_lengths(splits: DatasetDict, max_length: int, path: Path) -> None:
     )
     axes.legend()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def summary(metadata: dict[str, Any]) -> str:

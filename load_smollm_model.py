@@ -29,7 +29,7 @@ import transformers
 from huggingface_hub.errors import DisabledRepoError, HFValidationError, RepositoryNotFoundError
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
-from conversations import MIN_MAX_LENGTH, encode_prompt, plain_template
+from conversations import MIN_MAX_LENGTH, encode_prompt, parse_prompt, plain_template
 
 # ---------------------------------------------------------------------------------------------------------------------
 MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"  # hub id of the SFT model
@@ -106,8 +106,11 @@ def replace_directory(target: str | Path, marker: str):
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def write_text(path: str | Path, text: str) -> None:
-    """Write a whole file or nothing: to a temporary name first, then renamed. Missing directories are made.
+@contextlib.contextmanager
+def replace_file(path: str | Path):
+    """Yield a temporary text file to fill; it takes the place of `path` only when the block ends without an error.
+
+    Missing directories are made.
 
     Raises:
         InputError: not writable.
@@ -116,10 +119,32 @@ def write_text(path: str | Path, text: str) -> None:
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(text, encoding="utf-8", errors="replace")
+        with temporary.open("w", encoding="utf-8", errors="replace") as file:
+            yield file
         temporary.replace(path)
     except OSError as error:
         raise InputError(f"{path}: can not be written ({first_line(error)})") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a whole file or nothing; see `replace_file`."""
+    with replace_file(path) as file:
+        file.write(text)
+
+
+def check_prompt(prompt: str) -> None:
+    """Make sure that a prompt given by the user can be answered.
+
+    Raises:
+        InputError: it ends with an answer already.
+    """
+    try:
+        parse_prompt(prompt)
+    except ValueError as error:
+        raise InputError(f"prompt: {error}") from error
 
 
 def first_line(error: Exception) -> str:
@@ -312,7 +337,7 @@ def load_reward_model(path: str, pad_token_id: int, seed: int = SEED, dropout: f
 
 
 def load_trained_reward_model(path: str):
-    """Tokenizer and model of a trained reward model, exactly as saved; `max_length` is in the model's config.
+    """Tokenizer and model of a trained reward model, exactly as saved; `reward_max_length` is in its config.
 
     Raises:
         InputError: not a saved model, not a one-label classifier, or without a trained head.
@@ -383,10 +408,8 @@ def describe(model, source: ModelSource, seconds: float) -> str:
 def answer(model, tokenizer, prompt: str, max_new_tokens: int) -> str:
     """Greedy answer of the SFT model to one prompt."""
     room = max(model.config.max_position_embeddings - max_new_tokens, MIN_MAX_LENGTH)
-    try:
-        ids = encode_prompt(tokenizer, prompt, 2 * room)
-    except ValueError as error:
-        raise InputError(f"prompt: {error}") from error
+    check_prompt(prompt)
+    ids = encode_prompt(tokenizer, prompt, 2 * room)
     inputs = torch.tensor([ids], device=model.device)
     output = model.generate(
         inputs,

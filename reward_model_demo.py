@@ -26,9 +26,11 @@ from load_smollm_model import (
     InputError,
     autocast,
     autocast_dtype,
+    check_prompt,
     first_line,
     load_trained_reward_model,
     pick_device,
+    replace_file,
     run_script,
     write_text,
 )
@@ -191,26 +193,15 @@ def score_file(evaluator: RewardModelEvaluator, source: Path, target: Path) -> i
     total = sum(1 for _ in read_lines(source))  # a first pass, so that a bad row is found before the work is done
     if not total:
         raise InputError(f"{source}: the file is empty")
-    temporary = target.with_name(f".{target.name}.tmp")
     rows = read_lines(source)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with (
-            temporary.open("w", encoding="utf-8", errors="replace") as file,
-            tqdm(total=total, desc="Scoring", unit=" rows") as bar,
-        ):
-            while chunk := list(itertools.islice(rows, CHUNK)):
-                flat = [(row["prompt"], response_text(answer)) for row in chunk for answer in answers(row)]
-                scores = iter(evaluator.get_reward_scores(*zip(*flat, strict=True)) if flat else [])
-                for row in chunk:
-                    rewards = list(itertools.islice(scores, len(answers(row))))
-                    file.write(json.dumps(with_rewards(row, rewards), ensure_ascii=False) + "\n")
-                bar.update(len(chunk))
-        temporary.replace(target)
-    except OSError as error:
-        raise InputError(f"{target}: can not be written ({first_line(error)})") from error
-    finally:
-        temporary.unlink(missing_ok=True)
+    with replace_file(target) as file, tqdm(total=total, desc="Scoring", unit=" rows") as bar:
+        while chunk := list(itertools.islice(rows, CHUNK)):
+            flat = [(row["prompt"], response_text(answer)) for row in chunk for answer in answers(row)]
+            scores = iter(evaluator.get_reward_scores(*zip(*flat, strict=True)) if flat else [])
+            for row in chunk:
+                rewards = list(itertools.islice(scores, len(answers(row))))
+                file.write(json.dumps(with_rewards(row, rewards), ensure_ascii=False) + "\n")
+            bar.update(len(chunk))
     return total
 
 
@@ -240,12 +231,7 @@ DIALOGUE = [
 
 def show_ranking(evaluator: RewardModelEvaluator, prompt: str, responses: list[str]) -> dict[str, Any]:
     """Print the responses best first; returns what was printed."""
-    try:
-        ranking = evaluator.compare_responses(prompt, responses)
-    except InputError:
-        raise
-    except ValueError as error:
-        raise InputError(f"prompt: {error}") from error
+    ranking = evaluator.compare_responses(prompt, responses)
     print(f"\n> {prompt}")
     for place, (response, reward) in enumerate(ranking, start=1):
         print(f"  {place}. {reward:+.3f}  {response}")
@@ -257,12 +243,10 @@ def demonstrate(evaluator: RewardModelEvaluator) -> dict[str, Any]:
     comparisons = [show_ranking(evaluator, prompt, responses) for prompt, responses in COMPARISONS]
     print("\nA dialogue, each answer with the turns before it as context:")
     rewards = evaluator.evaluate_conversation(DIALOGUE)
+    dialogue = []
     for (prompt, response), reward in zip(DIALOGUE, rewards, strict=True):
         print(f"  {reward:+.3f}  {prompt} -> {response}")
-    dialogue = [
-        {"prompt": prompt, "response": response, "reward": reward}
-        for (prompt, response), reward in zip(DIALOGUE, rewards, strict=True)
-    ]
+        dialogue.append({"prompt": prompt, "response": response, "reward": reward})
     return {"comparisons": comparisons, "dialogue": dialogue}
 
 
@@ -283,6 +267,8 @@ def parse_options() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_options()
+    if options.prompt:
+        check_prompt(options.prompt)
     evaluator = RewardModelEvaluator(options.model)
     if options.file:
         count = score_file(evaluator, options.file, options.output)

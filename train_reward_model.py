@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import torch
 from datasets import Dataset, DatasetDict
+from matplotlib.figure import Figure
 from transformers import EvalPrediction, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 from trl import RewardConfig, RewardTrainer, TrlParser
@@ -329,24 +329,20 @@ def claim_output(output: Path) -> None:
 
 def plot_curves(history: list[dict[str, float]], path: Path) -> None:
     """Loss, validation accuracy, learning rate and gradient norm against updates."""
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
     panels = {
         "loss": {"loss": "train", "eval_loss": "validation"},
         "accuracy": {"accuracy": "train", "eval_pair_accuracy": "validation"},
         "learning rate": {"learning_rate": "learning rate"},
         "gradient norm": {"grad_norm": "before clipping"},
     }
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6), layout="constrained")
-    for axis, (title, series) in zip(axes.flat, panels.items(), strict=True):
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    for axis, (title, series) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
         for key, label in series.items():
             points = [(entry["step"], entry[key]) for entry in history if key in entry]
             axis.plot(*zip(*points, strict=True) if points else ((), ()), marker=".", label=label)
         axis.set(title=title, xlabel="updates")
         axis.legend()
     figure.savefig(path, dpi=120)
-    plt.close(figure)
 
 
 def model_card(metrics: dict[str, Any], settings: dict[str, Any], metadata: dict[str, Any]) -> str:
@@ -427,10 +423,10 @@ def build_trainer(
     with config.main_process_first(desc="finding the model"):
         source = resolve_model(script.model)
     tokenizer = load_tokenizer(source.path)
-    model = load_reward_model(source.path, tokenizer.pad_token_id, config.seed, script.dropout)
-    model.config.reward_max_length = metadata["max_length"]
     for split in (train_pairs, eval_pairs):
         check_tokens(split, tokenizer, metadata["max_length"], metadata["tokenizer"])
+    model = load_reward_model(source.path, tokenizer.pad_token_id, config.seed, script.dropout)
+    model.config.reward_max_length = metadata["max_length"]
     try:
         trainer = PairTrainer(
             model=model,

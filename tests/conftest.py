@@ -49,17 +49,21 @@ def tiny_model(tmp_path_factory, tokenizer) -> str:
     return str(directory)
 
 
-@pytest.fixture(scope="session")
-def tiny_reward_model(tmp_path_factory, tiny_model, tokenizer) -> str:
-    """Directory of a random reward model whose scores differ clearly from answer to answer."""
-    model = load_smollm_model.load_reward_model(tiny_model, tokenizer.pad_token_id)
+def save_reward_model(directory, base: str, tokenizer, head_std: float, max_length: int) -> str:
+    """Save `base` with a random head, as the training script saves a model."""
+    model = load_smollm_model.load_reward_model(base, tokenizer.pad_token_id)
     with torch.no_grad():
-        model.score.weight.normal_(std=0.5)
-    model.config.reward_max_length = 128
-    directory = tmp_path_factory.mktemp("tiny_reward")
+        model.score.weight.normal_(std=head_std)
+    model.config.reward_max_length = max_length
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return str(directory)
+
+
+@pytest.fixture(scope="session")
+def tiny_reward_model(tmp_path_factory, tiny_model, tokenizer) -> str:
+    """Directory of a random reward model whose scores differ clearly from answer to answer."""
+    return save_reward_model(tmp_path_factory.mktemp("tiny_reward"), tiny_model, tokenizer, 0.5, 128)
 
 
 @pytest.fixture

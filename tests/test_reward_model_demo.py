@@ -4,6 +4,7 @@ import shutil
 
 import pytest
 import torch
+from conftest import save_reward_model
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 from trl import GRPOConfig, GRPOTrainer
@@ -31,15 +32,8 @@ def evaluator(tiny_reward_model):
 
 @pytest.fixture(scope="module")
 def real_reward_model(tmp_path_factory, smollm, tokenizer):
-    """SmolLM2 with a random head of full size, saved as the training script saves it."""
-    model = load_smollm_model.load_reward_model(smollm, tokenizer.pad_token_id)
-    with torch.no_grad():
-        model.score.weight.normal_(std=0.05)
-    model.config.reward_max_length = 256
-    directory = tmp_path_factory.mktemp("real_reward")
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
-    return str(directory)
+    """SmolLM2 with a random head of full size."""
+    return save_reward_model(tmp_path_factory.mktemp("real_reward"), smollm, tokenizer, 0.05, 256)
 
 
 # --- scores ----------------------------------------------------------------------------------------------------------
