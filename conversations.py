@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 import jinja2
 
+PROMPT_SHARE = 0.5  # of max_length, that the prompt may use
 MIN_MAX_LENGTH = 32  # tokens; below that a cut prompt could not keep its role headers
 
 ROLES = ("system", "user", "assistant")
@@ -99,10 +100,10 @@ def encode(tokenizer, prompt: str | Sequence[dict[str, str]], response: str, max
 
 
 def encode_prompt(tokenizer, prompt: str | Sequence[dict[str, str]], max_length: int) -> list[int]:
-    """Token ids up to where the response starts, at most `max_length // 2`: what `encode` puts before any response."""
+    """Token ids up to where the response starts: what `encode` puts before any response to this prompt."""
     _check_max_length(max_length)
     opening, _ = _render(tokenizer, _special_tokens(tokenizer), parse_prompt(prompt))
-    return _cut_middle(_tokenize(tokenizer, [opening])[0], max_length // 2)
+    return _cut_middle(_tokenize(tokenizer, [opening])[0], int(max_length * PROMPT_SHARE))
 
 
 def encode_batch(
@@ -142,7 +143,7 @@ def encode_batch(
 
 def _assemble(prompt_ids: list[int], response_ids: list[int], closing_ids: list[int], max_length: int) -> Encoded:
     """Apply the length rule. A cut response is closed like a whole one: the head always reads the same token."""
-    kept_prompt = _cut_middle(prompt_ids, max_length // 2)
+    kept_prompt = _cut_middle(prompt_ids, int(max_length * PROMPT_SHARE))
     room = max_length - len(kept_prompt) - len(closing_ids)
     return Encoded(
         ids=kept_prompt + response_ids[:room] + closing_ids,

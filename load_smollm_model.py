@@ -23,11 +23,13 @@ from typing import NamedTuple
 
 import huggingface_hub
 import huggingface_hub.constants
+import jinja2
 import psutil
 import torch
 import transformers
 from huggingface_hub.errors import DisabledRepoError, HFValidationError, RepositoryNotFoundError
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
+from tokenizers import AddedToken
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
 
 from conversations import MIN_MAX_LENGTH, encode_prompt, parse_prompt, plain_template
 
@@ -296,13 +298,43 @@ def load_tokenizer(path: str):
     if not tokenizer.chat_template:
         raise InputError(f"{path}: the tokenizer has no chat template; use an instruction-tuned model")
     tokenizer.chat_template = plain_template(tokenizer.chat_template)
+    rendered = mark_control_tokens(tokenizer)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        spare = [token for token in (PAD_TOKEN, tokenizer.unk_token) if token in tokenizer.get_vocab()]
+        unused = [token for token in tokenizer.all_special_tokens if token not in rendered]
+        spare = [token for token in (PAD_TOKEN, tokenizer.unk_token, *unused) if token in tokenizer.get_vocab()]
         spare = [token for token in spare if token != tokenizer.eos_token]
         if not spare:
             raise InputError(f"{path}: the tokenizer has no token besides eos that could serve as padding")
         tokenizer.pad_token = spare[0]
     return tokenizer
+
+
+def mark_control_tokens(tokenizer) -> str:
+    """Register what the chat template writes between the turns as special tokens, so that no text can contain them.
+
+    Some tokenizers have them as ordinary added tokens, which are recognised in any text.
+
+    Returns:
+        A conversation rendered by the template.
+
+    Raises:
+        InputError: the template can not render it.
+    """
+    conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    try:
+        rendered = tokenizer.apply_chat_template(conversation, tokenize=False)
+    except jinja2.TemplateError as error:
+        raise InputError(f"{tokenizer.name_or_path}: its chat template is broken ({first_line(error)})") from error
+    ordinary = [token for token in tokenizer.added_tokens_decoder.values() if not token.special]
+    tokenizer.add_tokens(
+        [
+            AddedToken(token.content, lstrip=token.lstrip, rstrip=token.rstrip, normalized=False, special=True)
+            for token in ordinary
+            if token.content in rendered
+        ],
+        special_tokens=True,
+    )
+    return rendered
 
 
 def load_sft_model(path: str):
@@ -318,17 +350,19 @@ def load_reward_model(path: str, pad_token_id: int, seed: int = SEED, dropout: f
     return the raw logit.
     """
     set_seed(seed)
+    config = _load(AutoConfig, path)
+    names = [name for name in ("attention_dropout", "attention_probs_dropout_prob") if hasattr(config, name)]
     model, info = _load(
         AutoModelForSequenceClassification,
         path,
         num_labels=1,
         dtype=torch.float32,
-        attention_dropout=dropout,
+        **dict.fromkeys(names, dropout),
         output_loading_info=True,
     )
-    with torch.no_grad():
-        for name in info["missing_keys"]:
-            model.get_parameter(name).mul_(HEAD_SCALE)
+    if any(model.get_parameter(name) is reward_head(model).weight for name in info["missing_keys"]):
+        with torch.no_grad():
+            reward_head(model).weight.mul_(HEAD_SCALE)
     model.config.pad_token_id = pad_token_id
     model.config.problem_type = "regression"
     model.config.id2label, model.config.label2id = {0: "reward"}, {"reward": 0}
@@ -347,6 +381,7 @@ def load_trained_reward_model(path: str):
     tokenizer = _load(AutoTokenizer, path)
     if not tokenizer.chat_template:
         raise InputError(f"{path}: the tokenizer has no chat template, so prompts can not be formatted")
+    mark_control_tokens(tokenizer)
     model, info = _load(AutoModelForSequenceClassification, path, dtype=torch.float32, output_loading_info=True)
     if info["missing_keys"]:
         raise InputError(f"{path}: has no trained reward head ({', '.join(sorted(info['missing_keys']))} missing)")
@@ -358,6 +393,11 @@ def load_trained_reward_model(path: str):
     return tokenizer, model.eval()
 
 
+def reward_head(model) -> torch.nn.Linear:
+    """The layer that turns the last hidden state into the reward, whatever the architecture calls it."""
+    return [each for each in model.modules() if isinstance(each, torch.nn.Linear) and each.out_features == 1][-1]
+
+
 def keep_head_in_fp32(model) -> None:
     """Compute the head in fp32 under autocast too, where bf16 would round rewards to three digits and make ties."""
 
@@ -367,13 +407,12 @@ def keep_head_in_fp32(model) -> None:
         with torch.autocast(output.device.type, enabled=False):
             return torch.nn.functional.linear(inputs[0].float(), head.weight, head.bias)
 
-    if isinstance(getattr(model, "score", None), torch.nn.Linear):
-        model.score.register_forward_hook(exact)
+    reward_head(model).register_forward_hook(exact)
 
 
 def _load(auto_class, path: str, **options):
     """`from_pretrained` from safetensors only, without remote code; what is broken becomes an `InputError`."""
-    if auto_class is not AutoTokenizer:
+    if auto_class not in (AutoConfig, AutoTokenizer):
         options["use_safetensors"] = True
     try:
         with quiet_transformers():

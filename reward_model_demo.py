@@ -1,6 +1,6 @@
-"""`RewardModelEvaluator`: score, rank and compare answers with a trained reward model. As a script: a demonstration.
+"""`RewardModelEvaluator`: score, rank, filter and compare answers with reward models. As a script: a demonstration.
 
-In:  the directory that `train_reward_model.py` wrote, or any one-label sequence classifier with a chat template.
+In:  directories that `train_reward_model.py` wrote, or any one-label sequence classifiers with a chat template.
 Out: rewards as floats; higher is better, only differences for one prompt have a meaning.
 
     python reward_model_demo.py
@@ -16,8 +16,10 @@ import json
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
+import scipy.stats
 import torch
 from tqdm.auto import tqdm
 
@@ -40,39 +42,194 @@ MODEL_PATH = "./reward_model_output"  # directory of the trained reward model
 BATCH_SIZE = 16  # conversations scored at once
 MAX_LENGTH = 1024  # tokens, for models whose config does not say what they were trained with
 CHUNK = 1024  # lines of --file in memory at once
+RESAMPLES = 5000  # of a bootstrap interval or a permutation test
 # ---------------------------------------------------------------------------------------------------------------------
+
+TIE = 1e-6  # rewards of one and the same input can differ by rounding, depending on its place in the batch
+CHUNK_DRAWS = 2**22  # random numbers in memory at once
 
 Prompt = str | Sequence[dict[str, str]]
 
 
+class Member(NamedTuple):
+    """One reward model of an evaluator."""
+
+    tokenizer: Any
+    model: Any
+    max_length: int  # tokens
+    mean: float  # of its rewards at training; 0 and 1 where they are not asked for
+    std: float
+
+
 class RewardModelEvaluator:
-    """Scores answers with a reward model; a score does not depend on what else is in the batch.
+    """Scores answers with a reward model or an ensemble; a score does not depend on what else is in the batch.
+
+    An ensemble's reward is the mean of its members' rewards minus `std_penalty` standard deviations (population
+    formula over the members), which is cautious where they disagree (uncertainty-weighted optimisation,
+    arXiv 2310.02743).
 
     Args:
-        model_path: directory of a trained reward model.
+        model_path: directory of a trained reward model; several directories are an ensemble.
         device: where to compute; by default CUDA, then MPS, then CPU.
         mixed_precision: compute in bf16 (fp16 on older GPUs) where the hardware has it: some three times as fast,
             scores move in the third digit. Off by default, so that scores are those of the plain fp32 model.
+        normalize: shift and scale rewards by the mean and standard deviation that they had on the validation split of
+            the training, each model by its own: 0 is then an average answer, 1 one standard deviation above it.
+        std_penalty: standard deviations to subtract from the mean of an ensemble.
+
+    Attributes:
+        members: the models in the order given; `tokenizer`, `model` and `max_length` are those of the first.
 
     Raises:
-        InputError: the directory holds no complete one-label reward model.
+        InputError: a directory holds no complete one-label reward model, or, with `normalize`, no mean and deviation.
     """
 
-    def __init__(self, model_path: str = MODEL_PATH, device: str | None = None, mixed_precision: bool = False):
+    def __init__(
+        self,
+        model_path: str | Sequence[str] = MODEL_PATH,
+        device: str | None = None,
+        mixed_precision: bool = False,
+        normalize: bool = False,
+        std_penalty: float = 0.0,
+    ):
         self.device = torch.device(device) if device else pick_device()
         self.dtype = autocast_dtype(self.device) if mixed_precision else None
-        self.tokenizer, model = load_trained_reward_model(model_path)
-        self.model = model.to(self.device)
-        self.max_length = getattr(model.config, "reward_max_length", MAX_LENGTH)
+        self.std_penalty = std_penalty
+        paths = [model_path] if isinstance(model_path, str | Path) else list(model_path)
+        if not paths:
+            raise ValueError("model_path names no directory")
+        self.members = [load_member(str(path), self.device, normalize) for path in paths]
+        self.tokenizer, self.model, self.max_length = self.members[0][:3]
 
-    def get_reward_score(self, prompt: Prompt, response: str, max_length: int | None = None) -> float:
-        """Reward of one response. `prompt`: string, string with `<extra_id_1>` turns, or message list."""
-        return self.get_reward_scores([prompt], [response], max_length=max_length)[0]
+    # --- scores
+
+    def get_reward_score(
+        self, prompt: Prompt, response: str, max_length: int | None = None, with_std: bool = False
+    ) -> float | tuple[float, float]:
+        """Reward of one response. `prompt`: string, string with `<extra_id_1>` turns, or message list.
+
+        With `with_std` also the spread of the ensemble's members (0 for a single model).
+        """
+        result = self.get_reward_scores([prompt], [response], max_length=max_length, with_std=with_std)
+        return (result[0][0], result[1][0]) if with_std else result[0]
+
+    def get_reward_scores(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[str],
+        batch_size: int = BATCH_SIZE,
+        max_length: int | None = None,
+        progress: bool = False,
+        with_std: bool = False,
+    ) -> list[float] | tuple[list[float], list[float]]:
+        """Rewards of N (prompt, response) pairs, in input order.
+
+        Args:
+            prompts: N prompts, in any form that `get_reward_score` takes.
+            responses: N answers.
+            batch_size: conversations per forward pass; they are sorted by length, so that little is padded, and equal
+                ones are scored once.
+            max_length: limit in tokens; by default the one of the training.
+            progress: show a progress bar.
+            with_std: return the spread of the ensemble's members as a second list.
+
+        Raises:
+            TypeError, ValueError: as `conversations.encode_batch`; InputError for a reward that is not finite.
+        """
+        scores = self.get_member_scores(prompts, responses, batch_size, max_length, progress)
+        combined = self.combine(scores).tolist()
+        return (combined, scores.std(axis=0).tolist()) if with_std else combined
+
+    def get_member_scores(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[str],
+        batch_size: int = BATCH_SIZE,
+        max_length: int | None = None,
+        progress: bool = False,
+    ) -> np.ndarray:
+        """(M, N) rewards by each of the M members, float64; arguments and errors as `get_reward_scores`."""
+        if isinstance(prompts, str) or isinstance(responses, str):
+            raise TypeError("get_reward_scores takes lists; for one response use get_reward_score")
+        return np.array(
+            [
+                self._score(member, prompts, responses, batch_size, max_length or member.max_length, progress)
+                for member in self.members
+            ]
+        ).reshape(len(self.members), len(responses))
+
+    def combine(self, scores: np.ndarray) -> np.ndarray:
+        """(N,) rewards of the ensemble from its members' (M, N)."""
+        return scores.mean(axis=0) - self.std_penalty * scores.std(axis=0)
+
+    # --- what scores are good for
 
     def compare_responses(self, prompt: Prompt, responses: Sequence[str]) -> list[tuple[str, float]]:
         """The responses with their rewards, best first (equal ones in the order given)."""
         scores = self.get_reward_scores([prompt] * len(responses), responses)
         return sorted(zip(responses, scores, strict=True), key=lambda item: item[1], reverse=True)
+
+    def best_of_n(self, prompt: Prompt, responses: Sequence[str]) -> tuple[str, float]:
+        """The best of the responses and its reward (the first of equal ones).
+
+        Raises:
+            ValueError: there are no responses.
+        """
+        if not responses:
+            raise ValueError("best_of_n needs at least one response")
+        return self.compare_responses(prompt, responses)[0]
+
+    def filter_responses(
+        self, prompt: Prompt, responses: Sequence[str], min_score: float | None = None, top_k: int | None = None
+    ) -> list[tuple[str, float]]:
+        """Responses worth keeping with their rewards, best first.
+
+        Args:
+            min_score: keep those with at least this reward. Rewards of different models have different scales;
+                with `normalize` a threshold means the same for all.
+            top_k: keep the best so many. With both, a response has to pass both.
+
+        Raises:
+            ValueError: neither is given, or `top_k` is negative.
+        """
+        if min_score is None and top_k is None:
+            raise ValueError("filter_responses needs min_score or top_k")
+        if top_k is not None and top_k < 0:
+            raise ValueError("top_k must not be negative")
+        ranking = self.compare_responses(prompt, responses)
+        return [item for item in ranking if min_score is None or item[1] >= min_score][:top_k]
+
+    def compare_models(
+        self, prompts: Sequence[Prompt], responses_a: Sequence[str], responses_b: Sequence[str]
+    ) -> dict[str, Any]:
+        """A/B test of two models' answers to the same N prompts. Answers to equal prompts count as one cluster.
+
+        Returns:
+            `n`; `win_rate`, the share of prompts at which A's answer has the higher reward (ties half), and
+            `win_rate_interval`; `mean_difference`, reward of A minus reward of B, and `mean_difference_interval`;
+            `p_value` of that difference (`paired_p_value`); `mean_length_a`, `mean_length_b` in characters, since a
+            reward model may prefer the longer answer. Intervals are 95 % (`bootstrap_interval`).
+
+        Raises:
+            ValueError: the lists differ in length or are empty.
+        """
+        if not len(prompts) == len(responses_a) == len(responses_b) > 0:
+            lengths = f"{len(prompts)}, {len(responses_a)} and {len(responses_b)}"
+            raise ValueError(f"compare_models needs a prompt and two answers each, not {lengths}")
+        scores = self.get_reward_scores([*prompts, *prompts], [*responses_a, *responses_b])
+        a, b = np.array(scores).reshape(2, len(prompts))
+        groups = [repr(parse_prompt(prompt)) for prompt in prompts]
+        won = wins(a, b)
+        return {
+            "n": len(prompts),
+            "win_rate": float(won.mean()),
+            "win_rate_interval": bootstrap_interval(won, groups),
+            "mean_difference": float((a - b).mean()),
+            "mean_difference_interval": bootstrap_interval(a - b, groups),
+            "p_value": paired_p_value(a - b, groups),
+            "mean_length_a": float(np.mean([len(response) for response in responses_a])),
+            "mean_length_b": float(np.mean([len(response) for response in responses_b])),
+        }
 
     def evaluate_conversation(self, turns: Sequence[tuple[str, str]]) -> list[float]:
         """Reward of every answer of a dialogue, each with the turns before it as context.
@@ -88,51 +245,107 @@ class RewardModelEvaluator:
             history = [*history, {"role": "assistant", "content": response}]
         return self.get_reward_scores(prompts, [response for _, response in turns])
 
+    # --- how they come about
+
     @torch.inference_mode()
-    def get_reward_scores(
+    def _score(
         self,
+        member: Member,
         prompts: Sequence[Prompt],
         responses: Sequence[str],
-        batch_size: int = BATCH_SIZE,
-        max_length: int | None = None,
-        progress: bool = False,
+        batch_size: int,
+        max_length: int,
+        progress: bool,
     ) -> list[float]:
-        """Rewards of N (prompt, response) pairs, in input order.
-
-        Args:
-            prompts: N prompts, in any form that `get_reward_score` takes.
-            responses: N answers.
-            batch_size: conversations per forward pass; they are sorted by length, so that little is padded, and equal
-                ones are scored once.
-            max_length: limit in tokens; by default the one of the training.
-            progress: show a progress bar.
-
-        Raises:
-            TypeError, ValueError: as `conversations.encode_batch`; InputError for a reward that is not finite.
-        """
-        if isinstance(prompts, str) or isinstance(responses, str):
-            raise TypeError("get_reward_scores takes lists; for one response use get_reward_score")
-        encoded = encode_batch(self.tokenizer, prompts, responses, max_length or self.max_length)
-        inputs = [tuple(one.ids) for one in encoded]
+        """Rewards by one member, in input order."""
+        inputs = [tuple(one.ids) for one in encode_batch(member.tokenizer, prompts, responses, max_length)]
         distinct = sorted(dict.fromkeys(inputs), key=len, reverse=True)
         scores: dict[tuple[int, ...], float] = {}
         for start in tqdm(range(0, len(distinct), batch_size), desc="Scoring", unit=" batches", disable=not progress):
             batch = distinct[start : start + batch_size]
-            scores.update(zip(batch, self._forward(batch), strict=True))
+            scores.update(zip(batch, self._forward(member.model, batch), strict=True))
         if not all(map(math.isfinite, scores.values())):
             raise InputError("the reward model returned a reward that is not finite: its weights are damaged")
-        return [scores[ids] for ids in inputs]
+        return [(scores[ids] - member.mean) / member.std for ids in inputs]
 
-    def _forward(self, batch: list[tuple[int, ...]]) -> list[float]:
+    def _forward(self, model, batch: list[tuple[int, ...]]) -> list[float]:
         """Rewards of token ids, padded on the right to the longest."""
         width = max(map(len, batch))
-        pad = self.model.config.pad_token_id
+        pad = model.config.pad_token_id
         input_ids = torch.tensor([[*ids, *[pad] * (width - len(ids))] for ids in batch], device=self.device)
         lengths = torch.tensor([len(ids) for ids in batch], device=self.device)
         attention_mask = (torch.arange(width, device=self.device) < lengths[:, None]).long()
         with autocast(self.device, self.dtype):
-            logits = self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+            logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
         return logits[:, 0].float().tolist()
+
+
+def load_member(path: str, device: torch.device, normalize: bool) -> Member:
+    """Load one trained reward model; see `RewardModelEvaluator`."""
+    tokenizer, model = load_trained_reward_model(path)
+    mean, std = 0.0, 1.0
+    if normalize:
+        mean, std = getattr(model.config, "reward_mean", None), getattr(model.config, "reward_std", None)
+        if mean is None or not std:
+            raise InputError(f"{path}: config.json has no reward_mean and reward_std above 0, so no normalize=True")
+    return Member(tokenizer, model.to(device), getattr(model.config, "reward_max_length", MAX_LENGTH), mean, std)
+
+
+# --- statistics of paired scores -------------------------------------------------------------------------------------
+
+
+def wins(scores: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """(N,) 1 where the score is higher than the other one, 0.5 where both are equal up to `TIE`, else 0."""
+    margin = np.asarray(scores, float) - np.asarray(others, float)
+    return np.where(np.abs(margin) <= TIE, 0.5, (margin > 0).astype(float))
+
+
+def bootstrap_interval(values: np.ndarray, groups: Sequence | None = None) -> list[float]:
+    """95 % percentile bootstrap interval of the mean (Efron 1979), drawing whole groups where they are given.
+
+    Pairs that share a prompt are not independent; drawn one by one they would make the interval too narrow
+    (cluster bootstrap: Field and Welsh 2007).
+
+    Args:
+        values: (N,) floats; for a paired comparison their differences.
+        groups: (N,) labels, such as prompts; by default every value is its own group.
+    """
+    sums, sizes = group_sums(values, groups)
+    generator = np.random.default_rng(0)
+    means = []
+    chunk = max(1, CHUNK_DRAWS // len(sums))
+    for start in range(0, RESAMPLES, chunk):
+        size = min(chunk, RESAMPLES - start)
+        counts = generator.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=size)  # (size, groups)
+        means.append(counts @ sums / (counts @ sizes))
+    return [float(bound) for bound in np.percentile(np.concatenate(means), [2.5, 97.5])]
+
+
+def paired_p_value(differences: np.ndarray, groups: Sequence | None = None) -> float:
+    """Two-sided p-value of the mean difference by a sign-flip permutation test; a group's values flip together."""
+    sums, _ = group_sums(differences, groups)
+    if len(sums) < 2:
+        return 1.0  # one group alone can not be significant
+    result = scipy.stats.permutation_test(
+        (sums, np.zeros_like(sums)),
+        lambda a, b, axis: (a - b).mean(axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        batch=max(1, CHUNK_DRAWS // len(sums)),
+        rng=0,
+    )
+    return float(result.pvalue)
+
+
+def group_sums(values: np.ndarray, groups: Sequence | None) -> tuple[np.ndarray, np.ndarray]:
+    """Sum and number of the values in each group."""
+    values = np.asarray(values, float)
+    if groups is None:
+        return values, np.ones(len(values))
+    number = {label: index for index, label in enumerate(dict.fromkeys(groups))}
+    group = np.array([number[label] for label in groups], dtype=int)
+    return np.bincount(group, weights=values), np.bincount(group).astype(float)
 
 
 # --- files -----------------------------------------------------------------------------------------------------------

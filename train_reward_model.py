@@ -1,14 +1,16 @@
 """Train the reward model: one label, Bradley-Terry loss, TRL's `RewardTrainer`.
 
 In:  `processed_helpsteer/` from `load_helpsteer_dataset.py`, and a base model.
-Out: `reward_model_output/`: model and tokenizer, `metrics.json`, `settings.json`, `training_log.json`, `plots/`,
-     `README.md` (model card), `checkpoints/`.
+Out: `reward_model_output/`: model and tokenizer, `metrics.json`, `rewards.csv`, `settings.json`, `training_log.json`,
+     `plots/`, `README.md` (model card), `checkpoints/`.
 
     python train_reward_model.py
     python train_reward_model.py --learning_rate 2e-5 --num_train_epochs 2 --output_dir other_output
+    python train_reward_model.py --use_peft --learning_rate 5e-4
     accelerate launch train_reward_model.py
 
-Every field of `trl.RewardConfig` is a flag. A stopped run goes on by the same command; `--fresh` starts over.
+Every field of `trl.RewardConfig` is a flag, and so are TRL's for LoRA. A stopped run goes on by the same command;
+`--fresh` starts over.
 """
 
 import json
@@ -17,24 +19,35 @@ import shutil
 import signal
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset, DatasetDict
 from matplotlib.figure import Figure
+from peft import PeftModel
 from transformers import EvalPrediction, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
-from trl import RewardConfig, RewardTrainer, TrlParser
+from trl import ModelConfig, RewardConfig, RewardTrainer, TrlParser, get_peft_config
 
 from conversations import encode_batch
-from evaluate_reward_model import evaluate_pairs, summary, wins
+from evaluate_reward_model import (
+    Columns,
+    model_card,
+    pair_metrics,
+    processed_pairs,
+    rounded,
+    score_pairs,
+    summary,
+    write_evaluation,
+)
 from load_helpsteer_dataset import OUTPUT_DIR as DATA_DIR
 from load_helpsteer_dataset import draw, load_processed
 from load_smollm_model import (
     MODEL_NAME,
     InputError,
+    ModelSource,
     autocast_dtype,
     first_line,
     keep_freed_memory,
@@ -46,7 +59,7 @@ from load_smollm_model import (
     run_script,
     write_text,
 )
-from reward_model_demo import MODEL_PATH, RewardModelEvaluator
+from reward_model_demo import MODEL_PATH, RewardModelEvaluator, wins
 
 DEVICE = pick_device()
 ON_MPS = DEVICE.type == "mps"
@@ -74,6 +87,10 @@ SAVE_STEPS = 200
 SAVE_TOTAL_LIMIT = 2  # checkpoints kept, the best one among them
 SEED = 42
 # ---------------------------------------------------------------------------------------------------------------------
+
+# TRL's defaults are for language models and name no layers; its LoRA flags start with `lora_`, besides these.
+LORA_DEFAULTS = {"lora_task_type": "SEQ_CLS", "lora_target_modules": ["all-linear"]}
+LORA_FLAGS = ("use_peft", "use_rslora", "use_dora")
 
 MIN_WARMUP_UPDATES = 20  # shorter runs start at the full learning rate
 
@@ -207,12 +224,12 @@ class Watch(TrainerCallback):
 # --- settings --------------------------------------------------------------------------------------------------------
 
 
-def parse_settings(arguments: list[str] | None = None) -> tuple[ScriptArguments, RewardConfig]:
+def parse_settings(arguments: list[str] | None = None) -> tuple[ScriptArguments, RewardConfig, ModelConfig]:
     """Flags over constants; an unknown flag or a bad value ends with a usage line."""
-    parser = TrlParser((ScriptArguments, RewardConfig), description=__doc__.splitlines()[0])
-    parser.set_defaults(**default_config())
+    parser = TrlParser((ScriptArguments, RewardConfig, ModelConfig), description=__doc__.splitlines()[0])
+    parser.set_defaults(**default_config(), **LORA_DEFAULTS)
     try:
-        script, config = parser.parse_args_and_config(arguments)
+        script, config, lora = parser.parse_args_and_config(arguments)
     except (ValueError, OSError) as error:
         parser.exit(2, f"error: {' '.join(str(error).split())}\n")
     for settings, name in [
@@ -226,11 +243,15 @@ def parse_settings(arguments: list[str] | None = None) -> tuple[ScriptArguments,
         value = getattr(settings, name)
         if value is not None and value <= 0:
             parser.error(f"--{name} must be above 0")
+    for each in fields(ModelConfig):
+        name = each.name
+        if not name.startswith("lora_") and name not in LORA_FLAGS and getattr(lora, name) != each.default:
+            parser.error(f"--{name} is not supported; the base model is named by --model and loaded in fp32")
     if script.fresh and config.resume_from_checkpoint:
         parser.error("--fresh and --resume_from_checkpoint exclude each other")
     if config.save_total_limit == 1:
         config.save_total_limit = 2  # the best checkpoint and the last one, from which a stopped run goes on
-    return script, config
+    return script, config, lora
 
 
 def fit_rhythm(config: RewardConfig, pairs: int) -> int:
@@ -268,12 +289,13 @@ def check_tokens(split: Dataset, tokenizer, max_length: int, made_by: str) -> No
 
 
 def run_settings(
-    script: ScriptArguments, config: RewardConfig, metadata: dict[str, Any], origin: str
+    script: ScriptArguments, config: RewardConfig, lora: ModelConfig, metadata: dict[str, Any], origin: str
 ) -> dict[str, Any]:
     """All resolved settings, with what identifies base model and data."""
     data = {name: metadata[name] for name in ("digest", "seed", "max_length", "tokenizer")}
     run = {"base_model": origin, "data_identity": data, "world_size": config.world_size}
-    return {**config.to_dict(), **vars(script), **run}
+    adapter = {name: value for name, value in vars(lora).items() if name.startswith("lora_") or name in LORA_FLAGS}
+    return {**config.to_dict(), **vars(script), **adapter, **run}
 
 
 def prepare_checkpoints(checkpoints: Path, settings: dict[str, Any], fresh: bool) -> None:
@@ -345,59 +367,6 @@ def plot_curves(history: list[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def model_card(metrics: dict[str, Any], settings: dict[str, Any], metadata: dict[str, Any]) -> str:
-    """README.md of the trained model: numbers first, then how they came about and how to use it."""
-    low, high = metrics["accuracy_interval"]
-    shorter = metrics["shorter_chosen"]
-    return f"""---
-library_name: transformers
-pipeline_tag: text-classification
-tags: [reward-model, trl, reward-trainer]
----
-# Reward model
-
-A one-label sequence classifier that scores how good an answer to a prompt is. Higher is better; only differences
-between answers to one prompt have a meaning.
-
-| on the validation split | |
-|---|---|
-| pairs (unseen prompts) | {metrics["n"]:,} |
-| accuracy, ties half | **{metrics["accuracy"]:.3f}** (95 % interval {low:.3f} to {high:.3f}) |
-| baseline: the longer answer wins | {metrics["longer_wins"]:.3f} |
-| accuracy where the chosen answer is the shorter one | {shorter["accuracy"]} (n = {shorter["n"]:,}) |
-| mean margin | {metrics["mean_margin"]:.3f} |
-| reward mean, standard deviation | {metrics["reward_mean"]:.3f}, {metrics["reward_std"]:.3f} |
-
-The weights are the best of {metrics["candidates"]} checkpoint(s), chosen on up to
-{settings["max_eval_samples"]} of these pairs: with several of them the accuracy is slightly optimistic.
-
-![training curves](plots/training_curves.png)
-
-## Origin
-- base model: {settings["base_model"]}
-- data: {metadata["source"]}; {metrics["train_pairs"]:,} training pairs of at most {metadata["max_length"]} tokens
-- {metrics["updates"]:,} updates of {metrics["pairs_per_update"]} pairs, learning rate {settings["learning_rate"]},
-  {settings["num_train_epochs"]} epoch(s), centering {settings["center_rewards_coefficient"]}, seed {settings["seed"]};
-  all settings in `settings.json`
-- {metrics["train_seconds"]:,.0f} s in updates on {metrics["device"]}
-
-## Use
-```python
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained(".")
-model = AutoModelForSequenceClassification.from_pretrained(".")
-messages = [{{"role": "user", "content": "What is 2 + 2?"}}, {{"role": "assistant", "content": "4"}}]
-inputs = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
-print(model(**inputs).logits.item())
-```
-
-## Limits
-Reads {metadata["max_length"]} tokens: of a longer answer only the beginning counts, of a longer prompt start and end.
-A small model: expect it to notice form, topic and language before facts.
-"""
-
-
 def publish(staging: Path, output: Path) -> None:
     """Move finished files into place; `config.json` goes first and comes last, since nothing reads a model without."""
     for stale in ("config.json", "demonstration.json"):
@@ -412,9 +381,9 @@ def publish(staging: Path, output: Path) -> None:
 
 
 def build_trainer(
-    script: ScriptArguments, config: RewardConfig, splits: DatasetDict, metadata: dict[str, Any]
-) -> tuple[PairTrainer, str]:
-    """Trainer over the drawn pairs with a fresh reward model, and in words where its base model came from."""
+    script: ScriptArguments, config: RewardConfig, lora: ModelConfig, splits: DatasetDict, metadata: dict[str, Any]
+) -> tuple[PairTrainer, ModelSource]:
+    """Trainer over the drawn pairs with a fresh reward model, and where its base model came from."""
     if DEVICE.type == "cpu":
         keep_freed_memory()
     train_pairs = splits["train"].select(draw(len(splits["train"]), script.max_train_samples, config.seed))
@@ -435,12 +404,13 @@ def build_trainer(
             eval_dataset=eval_pairs,
             processing_class=tokenizer,
             compute_metrics=pair_accuracy,
+            peft_config=get_peft_config(lora),
         )
     except (ImportError, RuntimeError) as error:
         if not config.report_to:
             raise
         raise InputError(f"--report_to {' '.join(config.report_to)}: {first_line(error)}") from error
-    return trainer, source.origin
+    return trainer, source
 
 
 def train(trainer: PairTrainer, settings: dict[str, Any], fresh: bool) -> Watch:
@@ -487,20 +457,42 @@ def run_figures(trainer: PairTrainer, watch: Watch) -> dict[str, Any]:
     }
 
 
-def write_results(staging: Path, metrics: dict[str, Any], settings: dict, metadata: dict, log: list[dict]) -> None:
+def save_merged(trainer: PairTrainer, source: ModelSource, directory: Path) -> None:
+    """Turn the adapter that was saved in `directory` into a whole model: base weights plus LoRA, and the trained head.
+
+    From a freshly loaded base model, so that it also works where the trained one is spread over several processes.
+    """
+    base = load_reward_model(source.path, trainer.processing_class.pad_token_id, trainer.args.seed)
+    base.config.reward_max_length = trainer.model.config.reward_max_length
+    merged = PeftModel.from_pretrained(base, directory).merge_and_unload()
+    for adapter in directory.glob("adapter_*"):
+        adapter.unlink()
+    merged.save_pretrained(directory)
+
+
+def write_results(
+    staging: Path, columns: Columns, metrics: dict[str, Any], settings: dict, metadata: dict, log: list[dict]
+) -> None:
     """Complete a saved model with its figures, settings, log, plots and card."""
     (staging / "training_args.bin").unlink(missing_ok=True)  # a pickle, and all in settings.json anyway
-    (staging / "plots").mkdir()
+    plots = write_evaluation(columns, metrics, staging)
     plot_curves(log, staging / "plots" / "training_curves.png")
     config = json.loads((staging / "config.json").read_text(encoding="utf-8"))
     config |= {name: metrics[name] for name in ("reward_mean", "reward_std")}
-    for name, content in {"config": config, "metrics": metrics, "settings": settings, "training_log": log}.items():
+    contents = {"config": config, "metrics": rounded(metrics), "settings": settings, "training_log": log}
+    for name, content in contents.items():
         write_text(staging / f"{name}.json", json.dumps(content, indent=2, default=str) + "\n")
-    write_text(staging / "README.md", model_card(metrics, settings, metadata))
+    write_text(staging / "README.md", model_card(metrics, settings, metadata, ["training_curves.png", *plots]))
 
 
 def finish(
-    trainer: PairTrainer, watch: Watch, validation: Dataset, settings: dict, metadata: dict, output: Path
+    trainer: PairTrainer,
+    watch: Watch,
+    pairs: Dataset,
+    source: ModelSource,
+    settings: dict,
+    metadata: dict,
+    output: Path,
 ) -> dict[str, Any] | None:
     """Save, evaluate what was saved on the whole validation split, publish; the first process returns the metrics."""
     staging = output / ".new"
@@ -511,10 +503,11 @@ def finish(
     if not trainer.is_world_process_zero():
         return None
     try:
-        evaluator = RewardModelEvaluator(str(staging), mixed_precision=True)
-        results = evaluate_pairs(evaluator, validation["prompt"], validation["chosen"], validation["rejected"])
-        metrics = {**results, "source": metadata["source"], **run_figures(trainer, watch)}
-        write_results(staging, metrics, settings, metadata, trainer.state.log_history)
+        if settings["use_peft"]:
+            save_merged(trainer, source, staging)
+        columns, _ = score_pairs(RewardModelEvaluator(str(staging), mixed_precision=True), pairs, settings["data"])
+        metrics = {**pair_metrics(columns), "source": metadata["source"], **run_figures(trainer, watch)}
+        write_results(staging, columns, metrics, settings, metadata, trainer.state.log_history)
         publish(staging, output)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
@@ -528,15 +521,16 @@ def report(metrics: dict[str, Any], output: Path) -> str:
 
 
 def main() -> None:
-    script, config = parse_settings()
+    script, config, lora = parse_settings()
     output = Path(config.output_dir)
     config.output_dir = str(output / "checkpoints")
     claim_output(output)
     splits, metadata = load_processed(script.data)
-    trainer, origin = build_trainer(script, config, splits, metadata)
-    settings = run_settings(script, config, metadata, origin)
+    trainer, source = build_trainer(script, config, lora, splits, metadata)
+    settings = run_settings(script, config, lora, metadata, source.origin)
     watch = train(trainer, settings, script.fresh)
-    metrics = finish(trainer, watch, splits["validation"], settings, metadata, output)
+    pairs = processed_pairs(splits, script.data, "validation")
+    metrics = finish(trainer, watch, pairs, source, settings, metadata, output)
     if metrics:
         (output / "checkpoints" / "finished").touch()
         print(report(metrics, output))

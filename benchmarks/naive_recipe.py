@@ -2,20 +2,27 @@
 
 What it does differently from `train_reward_model.py`: default system prompt in every conversation, prompt and answer
 joined and cut on the right to the same number of tokens, pad token = end-of-turn token, head as drawn and rounded to
-bf16, no centering, and the last state of the training instead of the best checkpoint.
+bf16, no centering, and the last state of the training instead of the best checkpoint. `--parts` takes any of the first
+four over from this project, one by one:
+
+    length_rule  prompt and answer cut separately         template  no default system prompt
+    pad_token    pad is not the end of a turn             head      small fp32 head, centering
 
 In:  `processed_helpsteer/` (texts, split and `max_length` of it) and the settings of `train_reward_model.py`.
-Out: accuracy on the whole validation split on the terminal and in `--output`.
+Out: figures on the whole validation split on the terminal and, with `--output`, as `evaluate_reward_model.py` does.
 
-    python benchmarks/naive_recipe.py --max_train_samples 2000 --output naive.json
+    python benchmarks/naive_recipe.py --max_train_samples 2000 --output naive
+    python benchmarks/naive_recipe.py --parts length_rule template --output naive_with_two_parts
 """
 
 import argparse
+import contextlib
 import json
 import sys
 import tempfile
 from pathlib import Path
 
+import numpy as np
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
@@ -25,18 +32,24 @@ from trl import RewardConfig, RewardTrainer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_reward_model as ours
-from evaluate_reward_model import pair_metrics, summary
+from conversations import encode, plain_template
+from evaluate_reward_model import pair_metrics, processed_pairs, rounded, summary, text_columns, write_evaluation
 from load_helpsteer_dataset import draw, load_processed
 from load_smollm_model import (
     MODEL_NAME,
+    PAD_TOKEN,
     autocast,
     autocast_dtype,
     keep_freed_memory,
+    load_reward_model,
+    replace_directory,
     resolve_model,
     run_script,
     write_text,
 )
 
+PARTS = ("length_rule", "template", "pad_token", "head")
+BATCH_SIZE = 16  # conversations scored at once
 PASSED_ON = (
     *(
         "learning_rate",
@@ -49,78 +62,107 @@ PASSED_ON = (
 )
 
 
+def load_naive_tokenizer(path: str, parts: list[str]):
+    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer.pad_token = PAD_TOKEN if "pad_token" in parts else tokenizer.eos_token
+    if "template" in parts:
+        tokenizer.chat_template = plain_template(tokenizer.chat_template)
+    return tokenizer
+
+
 def joined_ids(tokenizer, row: dict, side: str, max_length: int) -> list[int]:
-    """Whole conversation through the template as it comes, cut on the right."""
+    """Whole conversation through the template as it is, cut on the right."""
     messages = [*row["prompt"], {"role": "assistant", "content": row[side]}]
     return tokenizer.apply_chat_template(messages)["input_ids"][:max_length]
 
 
-def tokenize(pairs: Dataset, tokenizer, max_length: int) -> Dataset:
+def tokenize(pairs: Dataset, tokenizer, max_length: int, parts: list[str]) -> Dataset:
+    def ids(row: dict, side: str) -> list[int]:
+        if "length_rule" in parts:
+            return encode(tokenizer, row["prompt"], row[side], max_length)
+        return joined_ids(tokenizer, row, side, max_length)
+
     return pairs.map(
-        lambda row: {f"{side}_ids": joined_ids(tokenizer, row, side, max_length) for side in ("chosen", "rejected")},
-        remove_columns=[name for name in pairs.column_names if name not in ("chosen", "rejected")],
+        lambda row: {f"{side}_ids": ids(row, side) for side in ("chosen", "rejected")},
+        remove_columns=pairs.column_names,
         desc="Tokenising",
     )
 
 
+def load_naive_model(path: str, pad_token_id: int, seed: int, parts: list[str]):
+    if "head" in parts:
+        return load_reward_model(path, pad_token_id, seed)
+    set_seed(seed)  # before the head is drawn, so that the run can be repeated
+    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=torch.float32)
+    model.config.pad_token_id = pad_token_id
+    return model
+
+
 @torch.inference_mode()
-def score(model, batches: list[list[list[int]]], pad_token_id: int) -> list[float]:
-    """Rewards of token id lists, batch by batch."""
+def score(model, sequences: list[list[int]]) -> np.ndarray:
+    """Rewards of token id lists."""
     rewards = []
-    for batch in tqdm(batches, desc="Scoring"):
+    for start in tqdm(range(0, len(sequences), BATCH_SIZE), desc="Scoring"):
+        batch = sequences[start : start + BATCH_SIZE]
         width = max(map(len, batch))
-        ids = torch.tensor([row + [pad_token_id] * (width - len(row)) for row in batch], device=model.device)
+        ids = torch.tensor(
+            [row + [model.config.pad_token_id] * (width - len(row)) for row in batch], device=model.device
+        )
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch], device=model.device)
         with autocast(model.device, autocast_dtype(model.device)):
             rewards += model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, 0].float().tolist()
-    return rewards
+    return np.array(rewards)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="*", default=[], choices=PARTS, help="what to take over from this project")
     parser.add_argument("--data", default=ours.DATA_DIR, help="directory of load_helpsteer_dataset.py")
     parser.add_argument("--max_train_samples", type=int, default=ours.MAX_TRAIN_SAMPLES, help="pairs, drawn at random")
     parser.add_argument("--seed", type=int, default=ours.SEED, help="of drawing, head and order")
     parser.add_argument("--model", default=MODEL_NAME, help="base model: hub id or local directory")
-    parser.add_argument("--output", type=Path, help="JSON file for the figures")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="directory for figures and plots")
     options = parser.parse_args()
     if ours.DEVICE.type == "cpu":
         keep_freed_memory()
 
     splits, metadata = load_processed(options.data)
     path = resolve_model(options.model).path
-    tokenizer = AutoTokenizer.from_pretrained(path)
-    tokenizer.pad_token = tokenizer.eos_token
+    tokenizer = load_naive_tokenizer(path, options.parts)
     drawn = draw(len(splits["train"]), options.max_train_samples, options.seed)
-    train = tokenize(splits["train"].select(drawn), tokenizer, metadata["max_length"])
-    validation = tokenize(splits["validation"], tokenizer, metadata["max_length"])
+    train = tokenize(splits["train"].select(drawn), tokenizer, metadata["max_length"], options.parts)
+    validation = tokenize(splits["validation"], tokenizer, metadata["max_length"], options.parts)
 
     settings = {name: value for name, value in ours.default_config().items() if name in PASSED_ON}
     with tempfile.TemporaryDirectory() as scratch:
         config = RewardConfig(
             **settings,
             seed=options.seed,
+            center_rewards_coefficient=ours.CENTER_REWARDS_COEFFICIENT if "head" in options.parts else None,
             output_dir=scratch,
             max_length=None,
             save_strategy="no",
             report_to="none",
         )
-        set_seed(options.seed)  # before the head is drawn, so that the run can be repeated
-        model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=1, dtype=torch.float32)
-        model.config.pad_token_id = tokenizer.pad_token_id
+        model = load_naive_model(path, tokenizer.pad_token_id, options.seed, options.parts)
         trainer = RewardTrainer(model=model, args=config, train_dataset=train, processing_class=tokenizer)
         trainer.train()
 
-    ids = [*validation["chosen_ids"], *validation["rejected_ids"]]
-    rewards = score(model.eval(), [ids[start : start + 16] for start in range(0, len(ids), 16)], tokenizer.pad_token_id)
-    half = len(validation)
-    metrics = pair_metrics(rewards[:half], rewards[half:], validation["chosen"], validation["rejected"])
-    metrics["identical_after_cut"] = sum(a == b for a, b in zip(ids[:half], ids[half:], strict=True))
-    metrics |= {"train_pairs": len(train), "seed": options.seed, "source": metadata["source"]}
-    print(json.dumps(metrics, indent=2))
-    print(summary(metrics))
-    if options.output:
-        write_text(options.output, json.dumps(metrics, indent=2) + "\n")
+    ids = [list(validation[f"{side}_ids"]) for side in ("chosen", "rejected")]
+    rewards = score(model.eval(), ids[0] + ids[1])
+    columns = {
+        **text_columns(processed_pairs(splits, options.data, "validation"), options.data),
+        "chosen_reward": rewards[: len(validation)],
+        "rejected_reward": rewards[len(validation) :],
+    }
+    metrics = {**pair_metrics(columns), "identical_after_cut": sum(a == b for a, b in zip(*ids, strict=True))}
+    metrics |= {"train_pairs": len(train), "seed": options.seed, "parts": options.parts, "source": metadata["source"]}
+    print(f"{summary(metrics)}; {metrics['identical_after_cut']:,} pairs identical after the cut")
+    output = replace_directory(options.output, marker="rewards.csv") if options.output else contextlib.nullcontext()
+    with output as directory:
+        if directory:
+            write_evaluation(columns, metrics, directory)
+            write_text(directory / "metrics.json", json.dumps(rounded(metrics), indent=2) + "\n")
 
 
 if __name__ == "__main__":

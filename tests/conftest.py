@@ -2,6 +2,7 @@
 
 import json
 import os
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests never wait for a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -49,9 +50,9 @@ def tiny_model(tmp_path_factory, tokenizer) -> str:
     return str(directory)
 
 
-def save_reward_model(directory, base: str, tokenizer, head_std: float, max_length: int) -> str:
+def save_reward_model(directory, base: str, tokenizer, head_std: float, max_length: int, seed: int = 42) -> str:
     """Save `base` with a random head, as the training script saves a model."""
-    model = load_smollm_model.load_reward_model(base, tokenizer.pad_token_id)
+    model = load_smollm_model.load_reward_model(base, tokenizer.pad_token_id, seed)
     with torch.no_grad():
         model.score.weight.normal_(std=head_std)
     model.config.reward_max_length = max_length
@@ -64,6 +65,15 @@ def save_reward_model(directory, base: str, tokenizer, head_std: float, max_leng
 def tiny_reward_model(tmp_path_factory, tiny_model, tokenizer) -> str:
     """Directory of a random reward model whose scores differ clearly from answer to answer."""
     return save_reward_model(tmp_path_factory.mktemp("tiny_reward"), tiny_model, tokenizer, 0.5, 128)
+
+
+@pytest.fixture(scope="session")
+def other_reward_model(tmp_path_factory, tiny_model, tokenizer) -> str:
+    """Directory of a second random reward model, with another head and the figures that `normalize` needs."""
+    directory = save_reward_model(tmp_path_factory.mktemp("other_reward"), tiny_model, tokenizer, 0.3, 64, seed=7)
+    config = Path(directory) / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"reward_mean": 1.5, "reward_std": 0.25}))
+    return directory
 
 
 @pytest.fixture

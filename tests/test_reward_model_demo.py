@@ -2,7 +2,9 @@ import json
 import math
 import shutil
 
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 from conftest import save_reward_model
 from datasets import Dataset
@@ -135,6 +137,133 @@ def test_rewards_that_are_not_finite_are_refused(tiny_reward_model):
         evaluator.model.score.weight[0, 0] = math.nan
     with pytest.raises(ValueError, match="not finite"):
         evaluator.get_reward_score("Hi", "Hello")
+
+
+# --- ensembles -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ensemble(tiny_reward_model, other_reward_model):
+    return RewardModelEvaluator([tiny_reward_model, other_reward_model], device="cpu")
+
+
+def test_an_ensemble_scores_by_the_mean_and_shows_the_spread(ensemble, evaluator, other_reward_model):
+    other = RewardModelEvaluator(other_reward_model, device="cpu")
+    members = [each.get_reward_scores(PROMPTS, RESPONSES) for each in (evaluator, other)]
+    assert ensemble.get_member_scores(PROMPTS, RESPONSES) == pytest.approx(np.array(members), abs=1e-5)
+    scores, stds = ensemble.get_reward_scores(PROMPTS, RESPONSES, with_std=True)
+    assert scores == pytest.approx(np.mean(members, axis=0), abs=1e-5)
+    assert stds == pytest.approx(np.abs(np.subtract(*members)) / 2, abs=1e-5)  # of two values
+    assert ensemble.get_reward_score("Hi", "Hello!", with_std=True) == pytest.approx((scores[0], stds[0]), abs=1e-5)
+    assert ensemble.max_length == 128 and other.max_length == 64  # every member cuts as it was trained
+
+
+def test_a_penalty_lowers_rewards_by_the_spread(ensemble, tiny_reward_model, other_reward_model):
+    careful = RewardModelEvaluator([tiny_reward_model, other_reward_model], device="cpu", std_penalty=0.5)
+    scores, stds = ensemble.get_reward_scores(PROMPTS, RESPONSES, with_std=True)
+    expected = [score - 0.5 * std for score, std in zip(scores, stds, strict=True)]
+    assert careful.get_reward_scores(PROMPTS, RESPONSES) == pytest.approx(expected, abs=1e-5)
+
+
+def test_one_model_has_no_spread(evaluator):
+    assert evaluator.get_reward_score("Hi", "Hello!", with_std=True)[1] == 0.0
+
+
+def test_normalised_rewards_are_in_standard_deviations(other_reward_model, tiny_reward_model):
+    plain = RewardModelEvaluator(other_reward_model, device="cpu")
+    normal = RewardModelEvaluator(other_reward_model, device="cpu", normalize=True)
+    score = plain.get_reward_score("Hi", "Hello!")
+    assert normal.get_reward_score("Hi", "Hello!") == pytest.approx((score - 1.5) / 0.25, abs=1e-5)
+    with pytest.raises(InputError, match="no reward_mean"):
+        RewardModelEvaluator([other_reward_model, tiny_reward_model], normalize=True)
+
+
+def test_an_evaluator_needs_a_directory():
+    with pytest.raises(ValueError, match="names no directory"):
+        RewardModelEvaluator([])
+
+
+# --- choosing and comparing ------------------------------------------------------------------------------------------
+
+ANSWERS = ["red", "blue", "green", "seven"]
+
+
+def test_best_of_n_is_the_first_of_the_ranking(evaluator):
+    assert evaluator.best_of_n("Name a colour.", ANSWERS) == evaluator.compare_responses("Name a colour.", ANSWERS)[0]
+    assert evaluator.best_of_n("Name a colour.", ["red", " red"])[0] == "red"  # equal rewards: the first one
+    with pytest.raises(ValueError, match="at least one"):
+        evaluator.best_of_n("Name a colour.", [])
+
+
+def test_filtered_responses_pass_what_was_asked_for(evaluator):
+    ranking = evaluator.compare_responses("Name a colour.", ANSWERS)
+    threshold = ranking[1][1] - 1e-4  # rewards differ by rounding from batch to batch
+    keep = lambda **options: evaluator.filter_responses("Name a colour.", ANSWERS, **options)  # noqa: E731
+    assert keep(min_score=threshold) == ranking[:2]
+    assert keep(top_k=3) == ranking[:3]
+    assert keep(min_score=threshold, top_k=1) == ranking[:1]
+    assert keep(min_score=ranking[0][1] + 1) == keep(top_k=0) == []
+    for options in ({}, {"top_k": -1}):
+        with pytest.raises(ValueError, match=r"min_score or top_k|negative"):
+            keep(**options)
+
+
+def test_models_are_compared_prompt_by_prompt(evaluator):
+    prompts = [f"Say {number}." for number in range(12)]
+    a, b = [f"{number}!" for number in range(12)], [f"no {number} words" for number in range(12)]
+    difference = np.subtract(evaluator.get_reward_scores(prompts, a), evaluator.get_reward_scores(prompts, b))
+    result = evaluator.compare_models(prompts, a, b)
+    assert result["n"] == 12
+    assert result["win_rate"] == np.mean(difference > 0)
+    assert result["mean_difference"] == pytest.approx(difference.mean(), abs=1e-5)
+    low, high = result["mean_difference_interval"]
+    assert low < result["mean_difference"] < high
+    exact = scipy.stats.permutation_test(
+        (difference,), lambda values, axis: values.mean(axis=axis), permutation_type="samples", n_resamples=np.inf
+    )
+    assert result["p_value"] == pytest.approx(exact.pvalue, abs=1e-9)
+    assert (result["mean_length_a"], result["mean_length_b"]) == (np.mean([*[2] * 10, 3, 3]), 10 + 1 / 6)
+    reverse = evaluator.compare_models(prompts, b, a)
+    assert reverse["win_rate"] == pytest.approx(1 - result["win_rate"])
+    assert reverse["p_value"] == result["p_value"]
+
+
+def test_equal_answers_are_a_draw(evaluator):
+    result = evaluator.compare_models(["Hi", "Bye"], ["a", "b"], ["a", "b"])
+    assert (result["win_rate"], result["mean_difference"], result["p_value"]) == (0.5, 0.0, 1.0)
+
+
+@pytest.mark.parametrize("lists", [([], [], []), (["Hi"], ["a"], []), (["Hi"], ["a", "b"], ["a"])])
+def test_lists_that_do_not_match_are_refused(evaluator, lists):
+    with pytest.raises(ValueError, match="two answers each"):
+        evaluator.compare_models(*lists)
+
+
+def test_the_bootstrap_interval_agrees_with_scipy():
+    values = np.random.default_rng(1).normal(size=300)
+    expected = scipy.stats.bootstrap(
+        (values,), np.mean, n_resamples=demo.RESAMPLES, method="percentile", rng=1
+    ).confidence_interval
+    assert demo.bootstrap_interval(values) == pytest.approx([expected.low, expected.high], abs=0.01)
+
+
+def test_groups_are_drawn_as_a_whole():
+    values = np.random.default_rng(1).normal(size=200)
+    alone = demo.bootstrap_interval(values)
+    assert demo.bootstrap_interval(np.repeat(values, 5), np.repeat(np.arange(200), 5)) == pytest.approx(alone)
+    assert demo.bootstrap_interval([3.0, 3.0], ["a", "a"]) == [3.0, 3.0]
+
+
+def test_the_interval_does_not_depend_on_how_it_is_cut_into_chunks(monkeypatch):
+    values = np.arange(50.0)
+    whole = demo.bootstrap_interval(values)
+    monkeypatch.setattr(demo, "CHUNK_DRAWS", 1000)
+    assert demo.bootstrap_interval(values) == whole
+
+
+def test_one_prompt_alone_is_never_significant():
+    assert demo.paired_p_value(np.array([1.0, 2.0, 3.0]), ["same"] * 3) == 1.0
+    assert demo.paired_p_value(np.array([1.0, 2.0, 3.0])) == 0.25  # 2 of 8 signs are as extreme
 
 
 # --- other tools give the same score ---------------------------------------------------------------------------------

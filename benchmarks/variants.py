@@ -1,0 +1,135 @@
+"""Variants of the training that were measured and did not become part of it; see `docs/experiments.md`.
+
+In:  as `train_reward_model.py`, whose flags it takes, and the name of a variant.
+Out: as `train_reward_model.py`.
+
+    python benchmarks/variants.py length_expert --max_train_samples 1000 --output_dir length_expert
+
+rating_margin    the rating gap becomes a margin in the loss: -log sigmoid(r_chosen - r_rejected - gap)
+no_near_ties     training pairs whose ratings differ by at most 0.4 are left out
+length_balanced  training pairs whose longer answer is the chosen one are thinned out until they are half
+length_expert    product of experts (arXiv 1909.03683): the loss sees margin + b * log(length ratio), with b fitted to
+                 the training pairs beforehand, so that the reward learns what length does not explain
+lm_loss          0.1 x language-model loss on the chosen answer is added (GRM, arXiv 2406.10216)
+prompt_quarter, prompt_three_quarters
+                 share of max_length that the prompt may use, instead of half
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import scipy.optimize
+import scipy.special
+import torch
+from datasets import Dataset
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import conversations
+import train_reward_model
+from conversations import encode_batch
+from load_smollm_model import load_tokenizer, resolve_model, run_script
+
+NEAR_TIE = 0.4  # rating gap, on a scale of 0 to 4 in steps of 0.2
+LM_WEIGHT = 0.1
+PROMPT_SHARES = {"prompt_quarter": 0.25, "prompt_three_quarters": 0.75}
+
+
+def rating_gaps(pairs: Dataset) -> np.ndarray:
+    chosen, rejected = (np.array(pairs[f"{side}_rating"], dtype=float) for side in ("chosen", "rejected"))
+    return np.nan_to_num(chosen - rejected)
+
+
+def log_length_ratios(pairs: Dataset) -> np.ndarray:
+    """log(characters of the chosen / of the rejected answer)."""
+    chosen, rejected = (np.array([len(text.strip()) for text in pairs[side]]) for side in ("chosen", "rejected"))
+    return np.log(np.maximum(chosen, 1) / np.maximum(rejected, 1))
+
+
+def length_coefficient(ratios: np.ndarray) -> float:
+    """b that maximises the likelihood of sigmoid(b * ratio) being 1 for every pair."""
+    return float(scipy.optimize.minimize_scalar(lambda b: -scipy.special.log_expit(b * ratios).mean()).x)
+
+
+def balanced(ratios: np.ndarray, seed: int) -> np.ndarray:
+    """Indices of as many pairs with a longer as with a shorter chosen answer, in ascending order."""
+    longer, others = np.flatnonzero(ratios > 0), np.flatnonzero(ratios <= 0)
+    size = min(len(longer), len(others))
+    draw = np.random.default_rng(seed).choice
+    return np.sort(np.concatenate([draw(side, size, replace=False) for side in (longer, others)]))
+
+
+def recut(pairs: Dataset, model: str, max_length: int) -> Dataset:
+    """Token ids anew, by the length rule as it now is."""
+    tokenizer = load_tokenizer(resolve_model(model).path)
+    ids = {
+        f"{side}_ids": [one.ids for one in encode_batch(tokenizer, pairs["prompt"], pairs[side], max_length)]
+        for side in ("chosen", "rejected")
+    }
+    pairs = pairs.remove_columns(list(ids))
+    for name, values in ids.items():
+        pairs = pairs.add_column(name, values)
+    return pairs
+
+
+class LanguageModelTrainer(train_reward_model.PairTrainer):
+    """Adds the language-model loss on the chosen answers; the head is the embedding, as in SmolLM2."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        if model.training:
+            rows = len(inputs["input_ids"]) // 2  # the first half are the chosen ones
+            ids, mask = inputs["input_ids"][:rows], inputs["attention_mask"][:rows]
+            hidden = model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
+            kept = mask[:, 1:].bool()
+            logits = torch.nn.functional.linear(hidden[kept], model.model.embed_tokens.weight)
+            loss = loss + LM_WEIGHT * torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:][kept])
+        return (loss, outputs) if return_outputs else loss
+
+
+def vary(variant: str, pairs: Dataset, seed: int, model: str, max_length: int) -> Dataset:
+    """The training pairs of a variant."""
+    if variant == "rating_margin":
+        return pairs.add_column("margin", rating_gaps(pairs))
+    if variant == "no_near_ties":
+        return pairs.select(np.flatnonzero(rating_gaps(pairs) > NEAR_TIE + 1e-6))
+    if variant == "length_balanced":
+        return pairs.select(balanced(log_length_ratios(pairs), seed))
+    if variant == "length_expert":
+        ratios = log_length_ratios(pairs)
+        coefficient = length_coefficient(ratios)
+        print(f"length coefficient {coefficient:.3f}")
+        return pairs.add_column("margin", -coefficient * ratios)
+    if variant in PROMPT_SHARES:
+        return recut(pairs, model, max_length)
+    return pairs
+
+
+def main() -> None:
+    variants = ("rating_margin", "no_near_ties", "length_balanced", "length_expert", "lm_loss", *PROMPT_SHARES)
+    if len(sys.argv) < 2 or sys.argv[1] not in variants:
+        sys.exit(f"usage: variants.py {{{','.join(variants)}}} [flags of train_reward_model.py]\n\n{__doc__}")
+    variant = sys.argv.pop(1)
+    conversations.PROMPT_SHARE = PROMPT_SHARES.get(variant, conversations.PROMPT_SHARE)
+    if variant == "lm_loss":
+        train_reward_model.PairTrainer = LanguageModelTrainer
+    load = train_reward_model.load_processed
+    script, config, _ = train_reward_model.parse_settings()
+
+    def load_varied(directory: str):
+        splits, metadata = load(directory)
+        drawn = train_reward_model.draw(len(splits["train"]), script.max_train_samples, config.seed)
+        splits["train"] = vary(
+            variant, splits["train"].select(drawn), config.seed, script.model, metadata["max_length"]
+        )
+        if variant in PROMPT_SHARES:
+            splits["validation"] = recut(splits["validation"], script.model, metadata["max_length"])
+        return splits, metadata
+
+    train_reward_model.load_processed = load_varied
+    train_reward_model.main()
+
+
+if __name__ == "__main__":
+    run_script(main)
