@@ -689,11 +689,15 @@ def load_processed(directory: str) -> tuple[DatasetDict, dict[str, Any]]:
     """Splits and metadata of a directory that this script wrote.
 
     Raises:
-        InputError: nothing there, or not complete.
+        InputError: nothing there, not complete, or of another version.
     """
     try:
         metadata = json.loads((Path(directory) / "metadata.json").read_text(encoding="utf-8"))
+        if not metadata.keys() >= {"source", "digest", "seed", "max_length", "tokenizer"}:
+            raise InputError(f"{directory}: made by another version of load_helpsteer_dataset.py; run it again")
         return load_from_disk(directory), metadata
+    except InputError:
+        raise
     except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
         raise InputError(f"{directory}: no complete dataset here; run load_helpsteer_dataset.py first") from error
 

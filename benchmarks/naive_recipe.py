@@ -100,18 +100,19 @@ def load_naive_model(path: str, pad_token_id: int, seed: int, parts: list[str]):
 
 @torch.inference_mode()
 def score(model, sequences: list[list[int]]) -> np.ndarray:
-    """Rewards of token id lists."""
-    rewards = []
-    for start in tqdm(range(0, len(sequences), BATCH_SIZE), desc="Scoring"):
-        batch = sequences[start : start + BATCH_SIZE]
+    """Rewards of token id lists; equal ones are scored once."""
+    distinct = sorted(dict.fromkeys(map(tuple, sequences)), key=len)
+    rewards: dict[tuple[int, ...], float] = {}
+    for start in tqdm(range(0, len(distinct), BATCH_SIZE), desc="Scoring"):
+        batch = distinct[start : start + BATCH_SIZE]
         width = max(map(len, batch))
-        ids = torch.tensor(
-            [row + [model.config.pad_token_id] * (width - len(row)) for row in batch], device=model.device
-        )
+        pad = model.config.pad_token_id
+        ids = torch.tensor([[*row, *[pad] * (width - len(row))] for row in batch], device=model.device)
         mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in batch], device=model.device)
         with autocast(model.device, autocast_dtype(model.device)):
-            rewards += model(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, 0].float().tolist()
-    return np.array(rewards)
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        rewards.update(zip(batch, logits[:, 0].float().tolist(), strict=True))
+    return np.array([rewards[tuple(row)] for row in sequences])
 
 
 def main() -> None:

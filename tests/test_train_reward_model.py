@@ -435,6 +435,15 @@ def test_data_that_was_not_finished_is_named(train, processed, missing):
         train()
 
 
+def test_data_of_another_version_is_named(train, processed):
+    path = trm.Path(processed) / "metadata.json"
+    metadata = json.loads(path.read_text())
+    del metadata["digest"]
+    path.write_text(json.dumps(metadata))
+    with pytest.raises(SystemExit, match="made by another version"):
+        train()
+
+
 # --- LoRA and other architectures ------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,82 @@
+"""A table of evaluated runs on the same pairs: each with its figures, and its paired difference to the first one.
+
+In:  directories with a `rewards.csv`, written by `evaluate_reward_model.py --output`, `train_reward_model.py` or
+     `naive_recipe.py`, all for the same pairs.
+Out: a Markdown table on the terminal. The difference in accuracy has a 95 % bootstrap interval over prompts.
+
+    python benchmarks/compare_runs.py naive reward_model_output other_output
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from evaluate_reward_model import Columns, number, pair_metrics, span
+from load_smollm_model import InputError, first_line, run_script
+from reward_model_demo import bootstrap_interval, wins
+
+HEADER = ["run", "n", "accuracy (95 %)", "difference (95 %)", "gain over longer wins (95 %)", "shorter chosen", "ECE"]
+
+
+def read_columns(directory: str) -> Columns:
+    """The scored pairs of a run.
+
+    Raises:
+        InputError: no such file, or it can not be read.
+    """
+    try:
+        table = pandas.read_csv(Path(directory) / "rewards.csv", dtype={"category": str}, keep_default_na=False)
+        table["rating_gap"] = table["rating_gap"].astype(float)
+    except (OSError, ValueError, KeyError) as error:
+        raise InputError(
+            f"{directory}: no readable rewards.csv ({first_line(error)}); evaluate the run first"
+        ) from error
+    return {name: table[name].to_numpy() for name in table.columns}
+
+
+def compare(runs: dict[str, Columns]) -> list[list[str]]:
+    """A row of text for each run.
+
+    Raises:
+        InputError: the runs were not evaluated on the same pairs.
+    """
+    baseline = next(iter(runs.values()))
+    right = wins(baseline["chosen_reward"], baseline["rejected_reward"])
+    rows = []
+    for name, columns in runs.items():
+        same = ("prompt_key", "chosen_length", "rejected_length")
+        if any(not np.array_equal(columns[each], baseline[each]) for each in same):
+            raise InputError(f"{name}: was evaluated on other pairs than {next(iter(runs))}")
+        metrics = pair_metrics(columns)
+        difference = wins(columns["chosen_reward"], columns["rejected_reward"]) - right
+        against = f"{difference.mean():+.3f} ({span(bootstrap_interval(difference, columns['prompt_key']))})"
+        rows.append(
+            [
+                name,
+                f"{metrics['n']:,}",
+                f"{metrics['accuracy']:.3f} ({span(metrics['accuracy_interval'])})",
+                against if columns is not baseline else "",
+                f"{metrics['gain_over_longer_wins']:+.3f} ({span(metrics['gain_over_longer_wins_interval'])})",
+                number(metrics["shorter_chosen_accuracy"]),
+                number(metrics["ece"]),
+            ]
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="DIR", help="evaluated runs, the one to compare with first")
+    options = parser.parse_args()
+    rows = compare({directory: read_columns(directory) for directory in options.runs})
+    for cells in (HEADER, ["---"] * len(HEADER), *rows):
+        print(f"| {' | '.join(cells)} |")
+
+
+if __name__ == "__main__":
+    run_script(main)
