@@ -13,7 +13,6 @@ Out: a table on the terminal and, with `--output`, a directory with `metrics.jso
 
 import argparse
 import contextlib
-import csv
 import itertools
 import json
 import math
@@ -22,10 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import scipy.special
 import scipy.stats
 from datasets import Dataset
 from matplotlib.figure import Figure
+from tabulate import tabulate
 
 from conversations import encode_batch
 from load_helpsteer_dataset import (
@@ -185,7 +186,8 @@ def quantile_groups(values: np.ndarray, count: int = GROUPS) -> tuple[np.ndarray
     Returns:
         (N,) number of each value's group, and the groups' bounds in words, in ascending order.
     """
-    edges = np.unique(np.quantile(values, np.linspace(0, 1, count + 1)).round(3))
+    decimals = 2 if np.abs(values).max() < 100 else 0
+    edges = np.unique(np.quantile(values, np.linspace(0, 1, count + 1)).round(decimals))
     if len(edges) == 1:
         return np.zeros(len(values), dtype=int), [f"{edges[0]:g}"]
     group = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, len(edges) - 2)
@@ -300,13 +302,6 @@ def summary(metrics: dict[str, Any]) -> str:
     )
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns of text, aligned."""
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in (header, *rows)]
-    return "\n".join(line.rstrip() for line in lines)
-
-
 def report(results: dict[str, Any]) -> str:
     """All of `metrics.json` that fits a terminal: a row for each source and the total, then the total by groups."""
     header = ["pairs", "n", "accuracy (95 %)", "longer wins", "gain over it (95 %)", "shorter chosen", "ECE", "Brier"]
@@ -324,13 +319,13 @@ def report(results: dict[str, Any]) -> str:
         ]
         for name, each in sources.items()
     ]
-    parts = [table(header, rows)]
+    parts = [tabulate(rows, header, disable_numparse=True)]
     if len(results["members"]) > 1:
         rows = [
             [name, f"{each['accuracy']:.3f} ({span(each['accuracy_interval'])})"]
             for name, each in results["members"].items()
         ]
-        parts.append(table(["member", "accuracy (95 %)"], rows))
+        parts.append(tabulate(rows, ["member", "accuracy (95 %)"], disable_numparse=True))
     total = results["total"]
     for title, key in [("rating gap", "by_rating_gap"), ("characters", "by_length"), ("category", "by_category")]:
         rows = [
@@ -343,7 +338,7 @@ def report(results: dict[str, Any]) -> str:
             for each in total[key]
         ]
         if rows:
-            parts.append(table([title, "n", "accuracy (95 %)", "longer wins"], rows))
+            parts.append(tabulate(rows, [title, "n", "accuracy (95 %)", "longer wins"], disable_numparse=True))
     cut = total["cut_share"]
     parts.append(
         f"reward {total['reward_mean']:+.3f} ± {total['reward_std']:.3f}, mean margin {total['mean_margin']:+.3f}; "
@@ -440,9 +435,7 @@ def write_evaluation(columns: Columns, metrics: dict[str, Any], directory: Path)
     """`rewards.csv`, a row a pair, and `plots/` of one evaluation; returns the names of the plots."""
     (directory / "plots").mkdir()
     with replace_file(directory / "rewards.csv") as file:
-        writer = csv.writer(file)
-        writer.writerow(columns)
-        writer.writerows(zip(*(column.tolist() for column in columns.values()), strict=True))
+        pandas.DataFrame(columns).to_csv(file, index=False)
     return plot_evaluation(columns, metrics, directory / "plots")
 
 

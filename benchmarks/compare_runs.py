@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas
+from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -30,8 +31,13 @@ def read_columns(directory: str) -> Columns:
         InputError: no such file, or it can not be read.
     """
     try:
-        table = pandas.read_csv(Path(directory) / "rewards.csv", dtype={"category": str}, keep_default_na=False)
-        table["rating_gap"] = table["rating_gap"].astype(float)
+        table = pandas.read_csv(
+            Path(directory) / "rewards.csv",
+            dtype={"category": str, "rating_gap": float},
+            keep_default_na=False,
+            na_values={"rating_gap": [""]},
+            float_precision="round_trip",
+        )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
             f"{directory}: no readable rewards.csv ({first_line(error)}); evaluate the run first"
@@ -74,8 +80,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", metavar="DIR", help="evaluated runs, the one to compare with first")
     options = parser.parse_args()
     rows = compare({directory: read_columns(directory) for directory in options.runs})
-    for cells in (HEADER, ["---"] * len(HEADER), *rows):
-        print(f"| {' | '.join(cells)} |")
+    print(tabulate(rows, HEADER, tablefmt="github", disable_numparse=True))
 
 
 if __name__ == "__main__":
