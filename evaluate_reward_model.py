@@ -2,7 +2,8 @@
 
 In:  one trained reward model, or several as an ensemble, and pairs: `processed_helpsteer/` (its validation split) or
      any source that `load_helpsteer_dataset.py` reads.
-Out: a table on the terminal and, with `--output`, a directory with `metrics.json`, `rewards.csv` and `plots/`.
+Out: a table on the terminal and, with `--output`, a directory with `metrics.json`,
+     `report.txt`, `rewards.csv` and `plots/`.
 
     python evaluate_reward_model.py
     python evaluate_reward_model.py --pairs my_pairs.jsonl other.csv --output evaluation
@@ -47,6 +48,8 @@ GROUPS = 4  # groups of equal size for accuracy by length and by rating gap
 CONFIDENCE_BINS = 10  # of equal width between 0.5 and 1, for the calibration error
 # ---------------------------------------------------------------------------------------------------------------------
 
+OUTPUT_FILES = {"metrics.json", "rewards.csv", "report.txt", "plots"}  # of an evaluation
+PLOTTED_CATEGORIES = 20  # at most, the largest ones
 Z_95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
 CATEGORY_COLUMNS = ("category", "subset")  # names under which sources tell what kind of prompt a pair has
 
@@ -71,8 +74,7 @@ def read_pairs(name: str, split: str | None = None) -> Dataset:
     pairs, dropped = [], 0
     for row, pair, _ in checked_pairs(open_source(name, split).rows):
         if pair:
-            category = next((row.values[column] for column in CATEGORY_COLUMNS if row.values.get(column)), "")
-            pairs.append({**pair, "place": row.location, "category": str(category)})
+            pairs.append({**pair, "place": row.location, "category": category_of(row.values)})
         else:
             dropped += 1
     if not pairs:
@@ -80,6 +82,14 @@ def read_pairs(name: str, split: str | None = None) -> Dataset:
     if dropped:
         print(f"{name}: {dropped:,} unusable rows left out (load_helpsteer_dataset.py names the reasons)")
     return Dataset.from_list(pairs)
+
+
+def category_of(row: dict[str, Any]) -> str:
+    """What the row's category column says; empty without one."""
+    values = [row[column] for column in CATEGORY_COLUMNS if row.get(column) is not None]
+    if not values or values[0] != values[0]:  # NaN: an empty cell
+        return ""
+    return str(values[0]).encode("utf-8", "replace").decode("utf-8")
 
 
 def processed_pairs(splits: dict[str, Dataset], name: str, split: str) -> Dataset:
@@ -108,7 +118,8 @@ def score_pairs(evaluator: RewardModelEvaluator, pairs: Dataset, name: str) -> t
     """Score both answers of N pairs.
 
     Returns:
-        The columns, and the (M, N) margins of the evaluator's M members.
+        The columns (what is cut is told by the first member's tokenizer and length), and the (M, N) margins of the
+        evaluator's M members.
     """
     prompts, chosen, rejected = (list(pairs[column]) for column in ("prompt", "chosen", "rejected"))
     scores = evaluator.get_member_scores([*prompts, *prompts], [*chosen, *rejected], BATCH_SIZE, progress=True)
@@ -186,13 +197,13 @@ def quantile_groups(values: np.ndarray, count: int = GROUPS) -> tuple[np.ndarray
     Returns:
         (N,) number of each value's group, and the groups' bounds in words, in ascending order.
     """
-    decimals = 2 if np.abs(values).max() < 100 else 0
-    edges = np.unique(np.quantile(values, np.linspace(0, 1, count + 1)).round(decimals))
+    values = values.round(6)  # differences of ratings that are equal on paper may not be equal in binary
+    edges = np.unique(np.quantile(values, np.linspace(0, 1, count + 1)))
+    labels = [f"{edge:.0f}" if edges[-1] >= 100 else f"{round(edge, 2):g}" for edge in edges]
     if len(edges) == 1:
-        return np.zeros(len(values), dtype=int), [f"{edges[0]:g}"]
+        return np.zeros(len(values), dtype=int), labels
     group = np.clip(np.searchsorted(edges, values, side="right") - 1, 0, len(edges) - 2)
-    names = [f"{low:g} to {high:g}" for low, high in itertools.pairwise(edges)]
-    return group, names
+    return group, [f"{low} to {high}" for low, high in itertools.pairwise(labels)]
 
 
 def accuracy_by(group: np.ndarray, names: Sequence[str], pair_wins: np.ndarray, longer: np.ndarray) -> list[dict]:
@@ -290,14 +301,22 @@ def number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def span(bounds: Sequence[float]) -> str:
-    return f"{bounds[0]:.3f} to {bounds[1]:.3f}"
+def span(bounds: Sequence[float] | None) -> str:
+    return "–" if bounds is None else f"{bounds[0]:.3f} to {bounds[1]:.3f}"
+
+
+def intervals(metrics: dict[str, Any]) -> str:
+    """95 % interval of the accuracy; where prompts have several pairs also the wider one that heeds it."""
+    by_prompt = (
+        f"; by prompt {span(metrics['accuracy_interval_by_prompt'])}" if metrics["prompts"] < metrics["n"] else ""
+    )
+    return span(metrics["accuracy_interval"]) + by_prompt
 
 
 def summary(metrics: dict[str, Any]) -> str:
     """The figures in one line."""
     return (
-        f"accuracy {metrics['accuracy']:.3f} (95 % interval {span(metrics['accuracy_interval'])}, "
+        f"accuracy {metrics['accuracy']:.3f} (95 % interval {intervals(metrics)}, "
         f"n = {metrics['n']:,}; longer wins: {metrics['longer_wins']:.3f})"
     )
 
@@ -310,7 +329,7 @@ def report(results: dict[str, Any]) -> str:
         [
             name,
             f"{each['n']:,}",
-            f"{each['accuracy']:.3f} ({span(each['accuracy_interval'])})",
+            f"{each['accuracy']:.3f} ({intervals(each)})",
             number(each["longer_wins"]),
             f"{each['gain_over_longer_wins']:+.3f} ({span(each['gain_over_longer_wins_interval'])})",
             f"{number(each['shorter_chosen_accuracy'])} (n = {each['shorter_chosen_n']:,})",
@@ -360,7 +379,8 @@ def plot_evaluation(columns: Columns, metrics: dict[str, Any], directory: Path) 
     if metrics["by_rating_gap"]:
         figures["accuracy_by_rating_gap.png"] = plot_groups(metrics["by_rating_gap"], "rating gap")
     if metrics["by_category"]:
-        figures["accuracy_by_category.png"] = plot_groups(metrics["by_category"], "category")
+        largest = sorted(metrics["by_category"], key=lambda each: each["n"], reverse=True)[:PLOTTED_CATEGORIES]
+        figures["accuracy_by_category.png"] = plot_groups(largest, "category")
     for name, figure in figures.items():
         figure.savefig(directory / name, dpi=110)
     return list(figures)
@@ -398,7 +418,7 @@ def plot_groups(groups: Sequence[dict[str, Any]], label: str) -> Figure:
     draw_accuracies(axes, places, groups, fmt="o")
     axes.plot(places, [each["longer_wins"] for each in groups], "_", markersize=18, color="gray", label="longer wins")
     axes.axhline(0.5, color="gray", linestyle=":", linewidth=1)
-    axes.set_xticks(places, [f"{each['group']}\nn = {each['n']:,}" for each in groups])
+    axes.set_xticks(places, [f"{each['group']}\nn = {each['n']:,}" for each in groups], parse_math=False)
     axes.set(xlabel=label, ylabel="accuracy", ylim=(0, 1.02))
     axes.legend()
     return figure
@@ -429,6 +449,22 @@ def plot_against_length(columns: Columns) -> Figure:
         title="Margin and difference in length",
     )
     return figure
+
+
+def evaluation_directory(output: str | Path | None):
+    """Context of `replace_directory` for the files of an evaluation; None stays None.
+
+    Opened before the scoring, so that a directory that can not be written is found before the work is done.
+
+    Raises:
+        InputError: the directory holds anything else, such as a model.
+    """
+    if not output:
+        return contextlib.nullcontext()
+    others = sorted({path.name for path in Path(output).glob("*")} - OUTPUT_FILES)
+    if others:
+        raise InputError(f"{output}: holds other files ({others[0]}) and would be replaced; choose another directory")
+    return replace_directory(output, marker="rewards.csv")
 
 
 def write_evaluation(columns: Columns, metrics: dict[str, Any], directory: Path) -> list[str]:
@@ -464,7 +500,7 @@ between answers to one prompt have a meaning.
 | on the validation split | |
 |---|---|
 | pairs / prompts, all unseen in training | {metrics["n"]:,} / {metrics["prompts"]:,} |
-| accuracy, ties half | **{metrics["accuracy"]:.3f}** (95 % interval {span(metrics["accuracy_interval"])}) |
+| accuracy, ties half | **{metrics["accuracy"]:.3f}** (95 % interval {intervals(metrics)}) |
 | baseline: the longer answer wins | {metrics["longer_wins"]:.3f} |
 | gain over it | {metrics["gain_over_longer_wins"]:+.3f} ({span(metrics["gain_over_longer_wins_interval"])}) |
 | accuracy where the chosen answer is the shorter one | {number(metrics["shorter_chosen_accuracy"])} \
@@ -548,14 +584,14 @@ def main() -> None:
     options = parse_options()
     sources = {name: read_pairs(name, options.split) for name in options.pairs}
     evaluator = RewardModelEvaluator(options.model, mixed_precision=True)
-    # Opened before the scoring, so that a directory that can not be written is found before the work is done.
-    output = replace_directory(options.output, marker="rewards.csv") if options.output else contextlib.nullcontext()
-    with output as directory:
+    with evaluation_directory(options.output) as directory:
         results, columns = evaluate_sources(evaluator, options.model, sources)
+        text = report(results)
+        print(text)
         if directory:
             write_evaluation(columns, results["total"], directory)
             write_text(directory / "metrics.json", json.dumps(rounded(results), indent=2, ensure_ascii=False) + "\n")
-    print(report(results))
+            write_text(directory / "report.txt", text + "\n")
     if options.output:
         print(f"\nwritten to {options.output}/")
 

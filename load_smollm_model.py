@@ -297,10 +297,13 @@ def load_tokenizer(path: str):
     tokenizer = _load(AutoTokenizer, path)
     if not tokenizer.chat_template:
         raise InputError(f"{path}: the tokenizer has no chat template; use an instruction-tuned model")
+    if not isinstance(tokenizer.chat_template, str):  # several, by name
+        tokenizer.chat_template = tokenizer.get_chat_template()
     tokenizer.chat_template = plain_template(tokenizer.chat_template)
     rendered = mark_control_tokens(tokenizer)
     if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        unused = [token for token in tokenizer.all_special_tokens if token not in rendered]
+        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+        unused = [token for token in added if token not in rendered]
         spare = [token for token in (PAD_TOKEN, tokenizer.unk_token, *unused) if token in tokenizer.get_vocab()]
         spare = [token for token in spare if token != tokenizer.eos_token]
         if not spare:
@@ -312,7 +315,7 @@ def load_tokenizer(path: str):
 def mark_control_tokens(tokenizer) -> str:
     """Register what the chat template writes between the turns as special tokens, so that no text can contain them.
 
-    Some tokenizers have them as ordinary added tokens, which are recognised in any text.
+    Some tokenizers have them as ordinary added tokens, which are recognised in any text. White space stays ordinary.
 
     Returns:
         A conversation rendered by the template.
@@ -320,17 +323,20 @@ def mark_control_tokens(tokenizer) -> str:
     Raises:
         InputError: the template can not render it.
     """
-    conversation = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    roles, content = ("system", "user", "assistant"), "\ue000"  # a private-use character: nobody's token
+    conversation = [{"role": role, "content": content} for role in roles]
     try:
-        rendered = tokenizer.apply_chat_template(conversation, tokenize=False)
+        try:
+            rendered = tokenizer.apply_chat_template(conversation, tokenize=False)
+        except jinja2.TemplateError:  # some templates refuse system turns
+            rendered = tokenizer.apply_chat_template(conversation[1:], tokenize=False)
     except jinja2.TemplateError as error:
         raise InputError(f"{tokenizer.name_or_path}: its chat template is broken ({first_line(error)})") from error
-    ordinary = [token for token in tokenizer.added_tokens_decoder.values() if not token.special]
     tokenizer.add_tokens(
         [
             AddedToken(token.content, lstrip=token.lstrip, rstrip=token.rstrip, normalized=False, special=True)
-            for token in ordinary
-            if token.content in rendered
+            for token in tokenizer.added_tokens_decoder.values()
+            if not token.special and token.content.strip() and token.content in rendered
         ],
         special_tokens=True,
     )
@@ -346,18 +352,22 @@ def load_reward_model(path: str, pad_token_id: int, seed: int = SEED, dropout: f
     """Sequence classifier with one label, fp32 weights, on the CPU.
 
     A head that the checkpoint does not have is drawn after setting `seed` and scaled by `HEAD_SCALE`, so that first
-    rewards are near 0; a trained head is left as it is. `problem_type="regression"` makes `transformers.pipeline`
-    return the raw logit.
+    rewards are near 0; a trained head is left as it is. `dropout` applies wherever the architecture has one: in
+    SmolLM2 that is attention. `problem_type="regression"` makes `transformers.pipeline` return the raw logit.
     """
     set_seed(seed)
     config = _load(AutoConfig, path)
-    names = [name for name in ("attention_dropout", "attention_probs_dropout_prob") if hasattr(config, name)]
+    dropouts = [
+        name
+        for name, value in config.to_dict().items()
+        if ("dropout" in name or "pdrop" in name) and isinstance(value, float | int) and not isinstance(value, bool)
+    ]
     model, info = _load(
         AutoModelForSequenceClassification,
         path,
         num_labels=1,
         dtype=torch.float32,
-        **dict.fromkeys(names, dropout),
+        **dict.fromkeys(dropouts, dropout),
         output_loading_info=True,
     )
     if any(model.get_parameter(name) is reward_head(model).weight for name in info["missing_keys"]):

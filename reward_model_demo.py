@@ -227,8 +227,8 @@ class RewardModelEvaluator:
             "mean_difference": float((a - b).mean()),
             "mean_difference_interval": bootstrap_interval(a - b, groups),
             "p_value": paired_p_value(a - b, groups),
-            "mean_length_a": float(np.mean([len(response) for response in responses_a])),
-            "mean_length_b": float(np.mean([len(response) for response in responses_b])),
+            "mean_length_a": float(np.mean([len(response.strip()) for response in responses_a])),
+            "mean_length_b": float(np.mean([len(response.strip()) for response in responses_b])),
         }
 
     def evaluate_conversation(self, turns: Sequence[tuple[str, str]]) -> list[float]:
@@ -288,7 +288,8 @@ def load_member(path: str, device: torch.device, normalize: bool) -> Member:
         mean, std = getattr(model.config, "reward_mean", None), getattr(model.config, "reward_std", None)
         if mean is None or not std:
             raise InputError(f"{path}: config.json has no reward_mean and reward_std above 0, so no normalize=True")
-    return Member(tokenizer, model.to(device), getattr(model.config, "reward_max_length", MAX_LENGTH), mean, std)
+    longest = min(MAX_LENGTH, getattr(model.config, "max_position_embeddings", MAX_LENGTH))
+    return Member(tokenizer, model.to(device), getattr(model.config, "reward_max_length", longest), mean, std)
 
 
 # --- statistics of paired scores -------------------------------------------------------------------------------------
@@ -300,7 +301,7 @@ def wins(scores: np.ndarray, others: np.ndarray) -> np.ndarray:
     return np.where(np.abs(margin) <= TIE, 0.5, (margin > 0).astype(float))
 
 
-def bootstrap_interval(values: np.ndarray, groups: Sequence | None = None) -> list[float]:
+def bootstrap_interval(values: np.ndarray, groups: Sequence | None = None) -> list[float] | None:
     """95 % percentile bootstrap interval of the mean (Efron 1979), drawing whole groups where they are given.
 
     Pairs that share a prompt are not independent; drawn one by one they would make the interval too narrow
@@ -309,8 +310,13 @@ def bootstrap_interval(values: np.ndarray, groups: Sequence | None = None) -> li
     Args:
         values: (N,) floats; for a paired comparison their differences.
         groups: (N,) labels, such as prompts; by default every value is its own group.
+
+    Returns:
+        Lower and upper bound; None for fewer than two groups, which tell nothing about their spread.
     """
     sums, sizes = group_sums(values, groups)
+    if len(sums) < 2:
+        return None
     generator = np.random.default_rng(0)
     means = []
     chunk = max(1, CHUNK_DRAWS // len(sums))

@@ -77,7 +77,7 @@ WARMUP_STEPS = 0.05  # share of all updates (a whole number counts updates)
 LR_SCHEDULER_TYPE = "linear"  # decay to 0 after the warm-up
 WEIGHT_DECAY = 0.0  # AdamW
 MAX_GRAD_NORM = 1.0  # gradient clipping
-DROPOUT = 0.0  # in attention
+DROPOUT = 0.0  # wherever the architecture has one: in SmolLM2 that is attention
 # loss
 CENTER_REWARDS_COEFFICIENT = 0.01  # weight of (r_chosen + r_rejected)^2, arXiv 2312.09244
 # rhythm, in updates; scaled down when a run has fewer of them
@@ -88,9 +88,23 @@ SAVE_TOTAL_LIMIT = 2  # checkpoints kept, the best one among them
 SEED = 42
 # ---------------------------------------------------------------------------------------------------------------------
 
-# TRL's defaults are for language models and name no layers; its LoRA flags start with `lora_`, besides these.
+# TRL's defaults are for language models and name no layers.
 LORA_DEFAULTS = {"lora_task_type": "SEQ_CLS", "lora_target_modules": ["all-linear"]}
-LORA_FLAGS = ("use_peft", "use_rslora", "use_dora")
+LORA_FLAGS = {each.name for each in fields(ModelConfig) if each.name.startswith("lora_")} | {"use_rslora", "use_dora"}
+
+# Flags of TRL that would be without effect here, or undo what the data was prepared with.
+UNSUPPORTED = {
+    **dict.fromkeys(
+        (each.name for each in fields(ModelConfig) if each.name not in {"use_peft", *LORA_FLAGS}),
+        "the base model is named by --model and loaded in fp32",
+    ),
+    **dict.fromkeys(
+        ("model_init_kwargs", "trust_remote_code"), "the base model is loaded in fp32 without its own code"
+    ),
+    **dict.fromkeys(("chat_template_path", "pad_token", "eos_token"), "the data was prepared with the model's own"),
+    "max_length": "load_helpsteer_dataset.py cuts to --max_length; here it would drop pairs",
+    "lora_task_type": "a reward model is a sequence classifier",
+}
 
 MIN_WARMUP_UPDATES = 20  # shorter runs start at the full learning rate
 
@@ -112,7 +126,7 @@ class ScriptArguments:
     data: str = field(default=DATA_DIR, metadata={"help": "directory written by load_helpsteer_dataset.py"})
     max_train_samples: int | None = field(default=MAX_TRAIN_SAMPLES, metadata={"help": "pairs, drawn at random"})
     max_eval_samples: int = field(default=MAX_EVAL_SAMPLES, metadata={"help": "pairs per evaluation in training"})
-    dropout: float = field(default=DROPOUT, metadata={"help": "dropout in attention"})
+    dropout: float = field(default=DROPOUT, metadata={"help": "wherever the model has it; SmolLM2: in attention"})
     fresh: bool = field(default=False, metadata={"help": "start over instead of resuming"})
 
 
@@ -243,10 +257,13 @@ def parse_settings(arguments: list[str] | None = None) -> tuple[ScriptArguments,
         value = getattr(settings, name)
         if value is not None and value <= 0:
             parser.error(f"--{name} must be above 0")
-    for each in fields(ModelConfig):
-        name = each.name
-        if not name.startswith("lora_") and name not in LORA_FLAGS and getattr(lora, name) != each.default:
-            parser.error(f"--{name} is not supported; the base model is named by --model and loaded in fp32")
+    given, untouched = vars(config) | vars(lora), vars(ModelConfig(**LORA_DEFAULTS))
+    for name, value in given.items():
+        changed = value != untouched.get(name, parser.get_default(name))
+        if changed and name in UNSUPPORTED:
+            parser.error(f"--{name} is not supported: {UNSUPPORTED[name]}")
+        if changed and name in LORA_FLAGS and not lora.use_peft:
+            parser.error(f"--{name} needs --use_peft")
     if script.fresh and config.resume_from_checkpoint:
         parser.error("--fresh and --resume_from_checkpoint exclude each other")
     if config.save_total_limit == 1:
@@ -294,7 +311,7 @@ def run_settings(
     """All resolved settings, with what identifies base model and data."""
     data = {name: metadata[name] for name in ("digest", "seed", "max_length", "tokenizer")}
     run = {"base_model": origin, "data_identity": data, "world_size": config.world_size}
-    adapter = {name: value for name, value in vars(lora).items() if name.startswith("lora_") or name in LORA_FLAGS}
+    adapter = {name: value for name, value in vars(lora).items() if name in {"use_peft", *LORA_FLAGS}}
     return {**config.to_dict(), **vars(script), **adapter, **run}
 
 
@@ -336,12 +353,14 @@ def is_complete(checkpoint: Path) -> bool:
     return True
 
 
-def claim_output(output: Path) -> None:
-    """Refuse a directory that holds something else than a reward model or its checkpoints.
+def claim_output(output: Path, base_model: str) -> None:
+    """Refuse a directory that holds something else than a reward model or its checkpoints, or the base model itself.
 
     Raises:
         InputError: it does.
     """
+    if output.exists() and Path(base_model).exists() and output.samefile(base_model):
+        raise InputError(f"{output}: is the base model, which would be overwritten; choose another --output_dir")
     if output.exists() and not (output.is_dir() and (not any(output.iterdir()) or (output / "checkpoints").is_dir())):
         raise InputError(f"{output}: holds other files, which a model would overwrite; choose another --output_dir")
 
@@ -395,6 +414,11 @@ def build_trainer(
     for split in (train_pairs, eval_pairs):
         check_tokens(split, tokenizer, metadata["max_length"], metadata["tokenizer"])
     model = load_reward_model(source.path, tokenizer.pad_token_id, config.seed, script.dropout)
+    longest = getattr(model.config, "max_position_embeddings", math.inf)
+    if metadata["max_length"] > longest:
+        raise InputError(
+            f"{script.data}: has up to {metadata['max_length']} tokens, but {script.model} takes {longest}"
+        )
     model.config.reward_max_length = metadata["max_length"]
     try:
         trainer = PairTrainer(
@@ -406,6 +430,8 @@ def build_trainer(
             compute_metrics=pair_accuracy,
             peft_config=get_peft_config(lora),
         )
+    except ValueError as error:
+        raise InputError(f"the trainer refuses these settings: {first_line(error)}") from error
     except (ImportError, RuntimeError) as error:
         if not config.report_to:
             raise
@@ -524,7 +550,7 @@ def main() -> None:
     script, config, lora = parse_settings()
     output = Path(config.output_dir)
     config.output_dir = str(output / "checkpoints")
-    claim_output(output)
+    claim_output(output, script.model)
     splits, metadata = load_processed(script.data)
     trainer, source = build_trainer(script, config, lora, splits, metadata)
     settings = run_settings(script, config, lora, metadata, source.origin)

@@ -2,7 +2,7 @@
 
 In:  directories with a `rewards.csv`, written by `evaluate_reward_model.py --output`, `train_reward_model.py` or
      `naive_recipe.py`, all for the same pairs.
-Out: a Markdown table on the terminal. The difference in accuracy has a 95 % bootstrap interval over prompts.
+Out: a Markdown table on the terminal. All intervals are 95 % bootstrap intervals over prompts.
 
     python benchmarks/compare_runs.py naive reward_model_output other_output
 """
@@ -21,6 +21,10 @@ from evaluate_reward_model import Columns, number, pair_metrics, span
 from load_smollm_model import InputError, first_line, run_script
 from reward_model_demo import bootstrap_interval, wins
 
+NEEDED = {
+    *("prompt_key", "chosen_reward", "rejected_reward", "chosen_length", "rejected_length"),
+    *("rating_gap", "category"),
+}
 HEADER = ["run", "n", "accuracy (95 %)", "difference (95 %)", "gain over longer wins (95 %)", "shorter chosen", "ECE"]
 
 
@@ -42,6 +46,10 @@ def read_columns(directory: str) -> Columns:
         raise InputError(
             f"{directory}: no readable rewards.csv ({first_line(error)}); evaluate the run first"
         ) from error
+    missing = NEEDED - set(table.columns)
+    if missing or not len(table):
+        what = f"no column {sorted(missing)[0]}" if missing else "no rows"
+        raise InputError(f"{directory}: its rewards.csv has {what}; evaluate the run again")
     return {name: table[name].to_numpy() for name in table.columns}
 
 
@@ -65,7 +73,7 @@ def compare(runs: dict[str, Columns]) -> list[list[str]]:
             [
                 name,
                 f"{metrics['n']:,}",
-                f"{metrics['accuracy']:.3f} ({span(metrics['accuracy_interval'])})",
+                f"{metrics['accuracy']:.3f} ({span(metrics['accuracy_interval_by_prompt'])})",
                 against if columns is not baseline else "",
                 f"{metrics['gain_over_longer_wins']:+.3f} ({span(metrics['gain_over_longer_wins_interval'])})",
                 number(metrics["shorter_chosen_accuracy"]),
@@ -79,6 +87,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("runs", nargs="+", metavar="DIR", help="evaluated runs, the one to compare with first")
     options = parser.parse_args()
+    if len(set(options.runs)) < len(options.runs):
+        parser.error("a run is named twice")
     rows = compare({directory: read_columns(directory) for directory in options.runs})
     print(tabulate(rows, HEADER, tablefmt="github", disable_numparse=True))
 

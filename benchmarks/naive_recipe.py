@@ -16,11 +16,11 @@ Out: figures on the whole validation split on the terminal and, with `--output`,
 """
 
 import argparse
-import contextlib
 import json
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +33,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import train_reward_model as ours
 from conversations import encode, plain_template
-from evaluate_reward_model import pair_metrics, processed_pairs, rounded, summary, text_columns, write_evaluation
+from evaluate_reward_model import (
+    Columns,
+    evaluation_directory,
+    pair_metrics,
+    processed_pairs,
+    rounded,
+    summary,
+    text_columns,
+    write_evaluation,
+)
 from load_helpsteer_dataset import draw, load_processed
 from load_smollm_model import (
     MODEL_NAME,
@@ -42,7 +51,6 @@ from load_smollm_model import (
     autocast_dtype,
     keep_freed_memory,
     load_reward_model,
-    replace_directory,
     resolve_model,
     run_script,
     write_text,
@@ -115,18 +123,8 @@ def score(model, sequences: list[list[int]]) -> np.ndarray:
     return np.array([rewards[tuple(row)] for row in sequences])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="*", default=[], choices=PARTS, help="what to take over from this project")
-    parser.add_argument("--data", default=ours.DATA_DIR, help="directory of load_helpsteer_dataset.py")
-    parser.add_argument("--max_train_samples", type=int, default=ours.MAX_TRAIN_SAMPLES, help="pairs, drawn at random")
-    parser.add_argument("--seed", type=int, default=ours.SEED, help="of drawing, head and order")
-    parser.add_argument("--model", default=MODEL_NAME, help="base model: hub id or local directory")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="directory for figures and plots")
-    options = parser.parse_args()
-    if ours.DEVICE.type == "cpu":
-        keep_freed_memory()
-
+def train_and_score(options: argparse.Namespace) -> tuple[Columns, dict[str, Any]]:
+    """Train on the drawn pairs and evaluate on the whole validation split."""
     splits, metadata = load_processed(options.data)
     path = resolve_model(options.model).path
     tokenizer = load_naive_tokenizer(path, options.parts)
@@ -158,9 +156,24 @@ def main() -> None:
     }
     metrics = {**pair_metrics(columns), "identical_after_cut": sum(a == b for a, b in zip(*ids, strict=True))}
     metrics |= {"train_pairs": len(train), "seed": options.seed, "parts": options.parts, "source": metadata["source"]}
-    print(f"{summary(metrics)}; {metrics['identical_after_cut']:,} pairs identical after the cut")
-    output = replace_directory(options.output, marker="rewards.csv") if options.output else contextlib.nullcontext()
-    with output as directory:
+    return columns, metrics
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="*", default=[], choices=PARTS, help="what to take over from this project")
+    parser.add_argument("--data", default=ours.DATA_DIR, help="directory of load_helpsteer_dataset.py")
+    parser.add_argument("--max_train_samples", type=int, default=ours.MAX_TRAIN_SAMPLES, help="pairs, drawn at random")
+    parser.add_argument("--seed", type=int, default=ours.SEED, help="of drawing, head and order")
+    parser.add_argument("--model", default=MODEL_NAME, help="base model: hub id or local directory")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="directory for figures and plots")
+    options = parser.parse_args()
+    if ours.DEVICE.type == "cpu":
+        keep_freed_memory()
+
+    with evaluation_directory(options.output) as directory:
+        columns, metrics = train_and_score(options)
+        print(f"{summary(metrics)}; {metrics['identical_after_cut']:,} pairs identical after the cut")
         if directory:
             write_evaluation(columns, metrics, directory)
             write_text(directory / "metrics.json", json.dumps(rounded(metrics), indent=2) + "\n")

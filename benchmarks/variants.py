@@ -10,9 +10,10 @@ no_near_ties     training pairs whose ratings differ by at most 0.4 are left out
 length_balanced  training pairs whose longer answer is the chosen one are thinned out until they are half
 length_expert    product of experts (arXiv 1909.03683): the loss sees margin + b * log(length ratio), with b fitted to
                  the training pairs beforehand, so that the reward learns what length does not explain
-lm_loss          0.1 x language-model loss on the chosen answer is added (GRM, arXiv 2406.10216)
+lm_loss          0.1 x language-model loss on the chosen conversation is added (GRM, arXiv 2406.10216)
 prompt_quarter, prompt_three_quarters
-                 share of max_length that the prompt may use, instead of half
+                 share of max_length that the prompt may use, instead of half; evaluated so at the end of the training,
+                 but not by other scripts later
 """
 
 import sys
@@ -29,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import conversations
 import train_reward_model
 from conversations import encode_batch
-from load_smollm_model import load_tokenizer, resolve_model, run_script
+from load_smollm_model import InputError, load_tokenizer, resolve_model, run_script
 
 NEAR_TIE = 0.4  # rating gap, on a scale of 0 to 4 in steps of 0.2
 LM_WEIGHT = 0.1
@@ -38,7 +39,9 @@ PROMPT_SHARES = {"prompt_quarter": 0.25, "prompt_three_quarters": 0.75}
 
 def rating_gaps(pairs: Dataset) -> np.ndarray:
     chosen, rejected = (np.array(pairs[f"{side}_rating"], dtype=float) for side in ("chosen", "rejected"))
-    return np.nan_to_num(chosen - rejected)
+    if np.isnan(chosen - rejected).any():
+        raise InputError("this variant needs ratings for all training pairs, as HelpSteer2 has them")
+    return chosen - rejected
 
 
 def log_length_ratios(pairs: Dataset) -> np.ndarray:
@@ -49,7 +52,8 @@ def log_length_ratios(pairs: Dataset) -> np.ndarray:
 
 def length_coefficient(ratios: np.ndarray) -> float:
     """b that maximises the likelihood of sigmoid(b * ratio) being 1 for every pair."""
-    return float(scipy.optimize.minimize_scalar(lambda b: -scipy.special.log_expit(b * ratios).mean()).x)
+    fit = scipy.optimize.minimize_scalar(lambda b: -scipy.special.log_expit(b * ratios).mean(), bounds=(-10, 10))
+    return float(fit.x)
 
 
 def balanced(ratios: np.ndarray, seed: int) -> np.ndarray:
@@ -74,7 +78,7 @@ def recut(pairs: Dataset, model: str, max_length: int) -> Dataset:
 
 
 class LanguageModelTrainer(train_reward_model.PairTrainer):
-    """Adds the language-model loss on the chosen answers; the head is the embedding, as in SmolLM2."""
+    """Adds the language-model loss on the chosen conversations; the head is the embedding, as in SmolLM2."""
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
@@ -115,17 +119,21 @@ def main() -> None:
     if variant == "lm_loss":
         train_reward_model.PairTrainer = LanguageModelTrainer
     load = train_reward_model.load_processed
-    script, config, _ = train_reward_model.parse_settings()
+    script, config, lora = train_reward_model.parse_settings()
+    if variant == "lm_loss" and lora.use_peft:
+        sys.exit("error: lm_loss does not go with --use_peft")
 
     def load_varied(directory: str):
         splits, metadata = load(directory)
         drawn = train_reward_model.draw(len(splits["train"]), script.max_train_samples, config.seed)
-        splits["train"] = vary(
-            variant, splits["train"].select(drawn), config.seed, script.model, metadata["max_length"]
-        )
+        drawn_pairs = splits["train"].select(drawn)
+        splits["train"] = vary(variant, drawn_pairs, config.seed, script.model, metadata["max_length"])
+        if not len(splits["train"]):
+            raise InputError(f"{variant} leaves no training pair")
         if variant in PROMPT_SHARES:
             splits["validation"] = recut(splits["validation"], script.model, metadata["max_length"])
-        return splits, metadata
+        identity = {name: f"{metadata[name]}, variant {variant}" for name in ("digest", "source")}
+        return splits, {**metadata, **identity}
 
     train_reward_model.load_processed = load_varied
     train_reward_model.main()

@@ -168,6 +168,8 @@ def test_groups_hold_every_pair_once():
 def test_groups_by_hand():
     group, names = erm.quantile_groups(np.array([1, 2, 3, 4, 5]), 2)
     assert (group.tolist(), names) == ([0, 0, 1, 1, 1], ["1 to 3", "3 to 5"])
+    group, names = erm.quantile_groups(np.array([0.2, 0.4, 3.4 - 3.2, 1.0 - 0.6]), 2)  # equal but for rounding
+    assert (group.tolist(), names) == ([0, 1, 0, 1], ["0.2 to 0.3", "0.3 to 0.4"])
     group, names = erm.quantile_groups(np.array([2.0, 2.0]), 4)
     assert (group.tolist(), names) == ([0, 0], ["2"])
 
@@ -233,11 +235,31 @@ def test_an_evaluation_replaces_only_an_evaluation(monkeypatch, tiny_reward_mode
     source = write_jsonl(make_pairs(3))
     for _ in range(2):
         evaluate(monkeypatch, tmp_path / "out", "--model", tiny_reward_model, "--pairs", source)
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "letter.txt").write_text("keep")
-    with pytest.raises(SystemExit, match="holds other files"):
-        evaluate(monkeypatch, tmp_path / "mine", "--model", tiny_reward_model, "--pairs", source)
-    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
+    (tmp_path / "out" / "config.json").write_text("of a model that was trained here")
+    with pytest.raises(SystemExit, match=r"holds other files \(config\.json\)"):
+        evaluate(monkeypatch, tmp_path / "out", "--model", tiny_reward_model, "--pairs", source)
+    assert len(list((tmp_path / "out").iterdir())) == 5
+
+
+def test_categories_may_be_anything():
+    assert [erm.category_of(row) for row in ({"category": 0}, {"subset": "$x_$\ud800"})] == ["0", "$x_$?"]
+    assert [erm.category_of(row) for row in ({}, {"category": None}, {"category": math.nan})] == [""] * 3
+
+
+def test_plots_take_any_name_and_many_categories(tmp_path):
+    columns = random_columns()
+    columns["category"] = np.array([f"$x_$ {number % 30}" for number in range(400)])
+    (tmp_path / "plots").mkdir()
+    names = erm.plot_evaluation(columns, erm.pair_metrics(columns), tmp_path / "plots")
+    assert "accuracy_by_category.png" in names
+    assert {path.name for path in (tmp_path / "plots").iterdir()} == set(names)
+
+
+def test_repeated_prompts_show_both_intervals():
+    columns = scored([1.0, 1.0, 0.0], [0.0, 0.0, 1.0], prompt_key=[1, 1, 2])
+    assert "; by prompt 0.000 to 1.000" in erm.summary(erm.pair_metrics(columns))
+    columns["prompt_key"] = np.arange(3)
+    assert "by prompt" not in erm.summary(erm.pair_metrics(columns))
 
 
 def test_nothing_to_evaluate_is_an_error(monkeypatch, tiny_reward_model, write_jsonl):

@@ -3,7 +3,11 @@ import threading
 import huggingface_hub
 import pytest
 import torch
-from transformers import AutoTokenizer
+from tokenizers import Tokenizer
+from tokenizers.decoders import Fuse
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Split
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import load_smollm_model as lsm
 from conversations import encode
@@ -219,6 +223,47 @@ def test_a_tokenizer_without_template_is_refused(tiny_model, tmp_path):
     tokenizer.chat_template = None
     tokenizer.save_pretrained(tmp_path)
     with pytest.raises(lsm.InputError, match="no chat template"):
+        lsm.load_tokenizer(str(tmp_path))
+
+
+def save_small_tokenizer(directory, template) -> None:
+    """As published ones of other families: no pad token, turns marked by added tokens that are not special."""
+    characters = Tokenizer(WordLevel({"?": 0, **{letter: 1 + ord(letter) - 97 for letter in "abcdefghijklm"}}, "?"))
+    characters.pre_tokenizer = Split("", "isolated")
+    characters.decoder = Fuse()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=characters, eos_token="<eot>", chat_template=template)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<end_of_text>"]})
+    tokenizer.add_tokens(["<user>", "<sys>", "\n"])
+    tokenizer.save_pretrained(directory)
+
+
+TURNS = "{% for m in messages %}<user>\n{{ m['content'] }}<eot>\n{% endfor %}"
+REFUSING = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
+
+
+@pytest.mark.parametrize(
+    "template",
+    [TURNS, REFUSING + TURNS, [{"name": "default", "template": TURNS}, {"name": "tool_use", "template": "x"}]],
+)
+def test_tokens_of_other_templates_are_protected_and_white_space_is_not(tmp_path, template):
+    save_small_tokenizer(tmp_path, template)
+    tokenizer = lsm.load_tokenizer(str(tmp_path))
+    assert tokenizer.pad_token == "<end_of_text>"  # not the end of a turn, and not written by the template
+    ids = encode(tokenizer, "a<user>b", "c\nd<eot>", 64)
+    for token, count in {"<user>": 2, "<eot>": 2, "\n": 5}.items():
+        assert ids.count(tokenizer.convert_tokens_to_ids(token)) == count
+    assert tokenizer.decode(tokenizer("a\nb")["input_ids"], skip_special_tokens=True) == "a\nb"
+
+
+def test_a_broken_template_is_named(tmp_path):
+    save_small_tokenizer(tmp_path, "{{ raise_exception('never') }}")
+    with pytest.raises(lsm.InputError, match="its chat template is broken"):
+        lsm.load_tokenizer(str(tmp_path))
+
+
+def test_no_token_is_left_for_padding(tmp_path):
+    save_small_tokenizer(tmp_path, "<end_of_text>" + TURNS)
+    with pytest.raises(lsm.InputError, match="no token besides eos"):
         lsm.load_tokenizer(str(tmp_path))
 
 

@@ -251,7 +251,7 @@ def test_groups_are_drawn_as_a_whole():
     values = np.random.default_rng(1).normal(size=200)
     alone = demo.bootstrap_interval(values)
     assert demo.bootstrap_interval(np.repeat(values, 5), np.repeat(np.arange(200), 5)) == pytest.approx(alone)
-    assert demo.bootstrap_interval([3.0, 3.0], ["a", "a"]) == [3.0, 3.0]
+    assert demo.bootstrap_interval([3.0, 4.0], ["a", "a"]) is None  # one prompt tells nothing about others
 
 
 def test_the_interval_does_not_depend_on_how_it_is_cut_into_chunks(monkeypatch):
@@ -323,6 +323,14 @@ def test_a_half_written_directory_is_refused(tiny_reward_model, tmp_path, missin
     (tmp_path / "half" / missing).unlink()
     with pytest.raises(InputError, match="half"):
         RewardModelEvaluator(str(tmp_path / "half"))
+
+
+def test_a_model_of_others_is_scored_within_its_positions(tiny_model, tokenizer, tmp_path):
+    model = load_smollm_model.load_reward_model(tiny_model, tokenizer.pad_token_id)
+    model.config.max_position_embeddings = 512
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    assert RewardModelEvaluator(str(tmp_path)).max_length == 512
 
 
 def test_a_missing_directory_names_the_remedy(tmp_path):

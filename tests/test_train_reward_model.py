@@ -136,6 +136,10 @@ def test_every_trl_field_is_a_flag(tmp_path):
         ["--model_name_or_path", "x"],
         ["--load_in_4bit"],
         ["--dtype", "bfloat16"],
+        ["--lora_r", "4"],
+        ["--lora_task_type", "CAUSAL_LM", "--use_peft"],
+        ["--max_length", "512"],
+        ["--chat_template_path", "x"],
     ],
 )
 def test_bad_flags_are_usage_errors(arguments, capsys):
@@ -482,6 +486,37 @@ def test_lora_trains_adapters_and_head_alone(tiny_model, processed, tmp_path):
     assert any("score" in name for name in trained) and any("down_proj.lora_A" in name for name in trained)
 
 
+def test_the_best_lora_checkpoint_is_the_one_kept(train, processed, monkeypatch):
+    # The first of two evaluations is declared the better one: what is published has to be the state of that update.
+    accuracies = iter([0.9, 0.1])
+    monkeypatch.setattr(trm, "pair_accuracy", lambda prediction: {"pair_accuracy": next(accuracies)})
+    arguments = ("--use_peft", "--learning_rate", "1e-2", "--eval_steps", "2", "--save_steps", "2")
+    best = train(*arguments)
+    assert json.loads((best / "metrics.json").read_text())["best_checkpoint"] == "checkpoint-2"
+    saved = load_file(best / "checkpoints" / "checkpoint-2" / "adapter_model.safetensors")
+    (head,) = (tensor for name, tensor in saved.items() if "score" in name)
+    assert torch.equal(weights(best)["score.weight"], head)
+
+
+def test_lora_flags_that_peft_refuses_are_named(train):
+    with pytest.raises(SystemExit, match="refuses these settings: No modules"):
+        train("--use_peft", "--lora_target_modules", "nonsense")
+
+
+def test_the_base_model_is_not_overwritten(train):
+    output = train()
+    with pytest.raises(SystemExit, match="is the base model"):
+        train("--model", output, "--output_dir", output)
+
+
+def test_a_model_with_too_few_positions_is_named(train, tmp_path, tiny_model):
+    base = load_helpsteer_dataset.shutil.copytree(tiny_model, tmp_path / "short")
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 48}))
+    with pytest.raises(SystemExit, match=r"up to 64 tokens, but .* takes 48"):
+        train("--model", base)
+
+
 def test_an_interrupted_lora_run_ends_as_an_undisturbed_one(train, stop_after):
     arguments = ("--use_peft", "--num_train_epochs", "2", "--eval_steps", "4", "--save_steps", "4")
     undisturbed = train(*arguments, output="undisturbed")
@@ -594,17 +629,26 @@ def test_variants_change_the_training_pairs():
     assert vary("length_expert")["margin"][:1] == pytest.approx([-coefficient * math.log(2)], abs=1e-4)
 
 
-def test_a_variant_runs_like_the_training(monkeypatch, tiny_model, processed, tmp_path):
-    for variant in ("length_expert", "lm_loss", "prompt_quarter"):
+def test_variants_name_what_they_lack(processed):
+    unrated, _ = trm.load_processed(processed)
+    with pytest.raises(InputError, match="needs ratings"):
+        variants.vary("rating_margin", unrated["train"], 0, "", 64)
+
+
+def test_a_variant_runs_like_the_training(monkeypatch, tiny_model, processed, tmp_path, train):
+    plain, trainer = train(output="plain"), trm.PairTrainer
+    for variant in ("length_expert", "lm_loss", "prompt_quarter", "prompt_three_quarters"):
         monkeypatch.setattr(trm, "load_processed", load_helpsteer_dataset.load_processed)
-        monkeypatch.setattr(trm, "PairTrainer", trm.PairTrainer)
+        monkeypatch.setattr(trm, "PairTrainer", trainer)
         monkeypatch.setattr(conversations, "PROMPT_SHARE", 0.5)
         run_main(
             variants, monkeypatch, variant, "--model", tiny_model, "--data", processed, "--bf16", "false",
             "--output_dir", tmp_path / variant, "--disable_tqdm", "true",
         )  # fmt: skip
-        assert json.loads((tmp_path / variant / "metrics.json").read_text())["n"] == 8
-    assert conversations.PROMPT_SHARE == 0.25
+        metrics = json.loads((tmp_path / variant / "metrics.json").read_text())
+        assert metrics["n"] == 8 and metrics["source"].endswith(f"variant {variant}")
+        # No prompt here is long enough to be cut at three quarters; the other variants change the weights.
+        assert same_weights(plain, tmp_path / variant) == (variant == "prompt_three_quarters")
 
 
 def test_the_real_model_takes_a_step(monkeypatch, smollm, tmp_path, write_jsonl):
