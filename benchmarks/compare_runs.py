@@ -40,7 +40,6 @@ def read_columns(directory: str) -> Columns:
             dtype={"category": str, "rating_gap": float},
             keep_default_na=False,
             na_values={"rating_gap": [""]},
-            float_precision="round_trip",
         )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
