@@ -31,4 +31,4 @@ test: $(SETUP)
 	$(BIN)/python -m pytest
 
 clean:
-	rm -rf .venv processed_helpsteer reward_model_output
+	rm -rf .venv processed_helpsteer reward_model_output evaluation
