@@ -693,13 +693,12 @@ def load_processed(directory: str) -> tuple[DatasetDict, dict[str, Any]]:
     """
     try:
         metadata = json.loads((Path(directory) / "metadata.json").read_text(encoding="utf-8"))
-        if not metadata.keys() >= {"source", "digest", "seed", "max_length", "tokenizer"}:
-            raise InputError(f"{directory}: made by another version of load_helpsteer_dataset.py; run it again")
-        return load_from_disk(directory), metadata
-    except InputError:
-        raise
+        splits = load_from_disk(directory)
     except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
         raise InputError(f"{directory}: no complete dataset here; run load_helpsteer_dataset.py first") from error
+    if not metadata.keys() >= {"source", "digest", "seed", "max_length", "tokenizer"}:
+        raise InputError(f"{directory}: made by another version of load_helpsteer_dataset.py; run it again")
+    return splits, metadata
 
 
 def parse_options() -> argparse.Namespace:
