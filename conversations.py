@@ -94,6 +94,11 @@ def response_text(completion: str | Sequence[dict[str, str]]) -> str:
     return message["content"]
 
 
+def response_length(response: str) -> int:
+    """Characters of an answer without outer white space: the length that "the longer answer wins" goes by."""
+    return len(response.strip())
+
+
 def encode(tokenizer, prompt: str | Sequence[dict[str, str]], response: str, max_length: int) -> list[int]:
     """Token ids of one prompt and response, at most `max_length` of them, template included."""
     return encode_batch(tokenizer, [prompt], [response], max_length)[0].ids

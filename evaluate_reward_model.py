@@ -29,7 +29,7 @@ from datasets import Dataset
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from conversations import encode_batch
+from conversations import encode_batch, response_length
 from load_helpsteer_dataset import (
     OUTPUT_DIR,
     checked_pairs,
@@ -107,8 +107,8 @@ def text_columns(pairs: Dataset, name: str) -> Columns:
         "pairs": np.array([name] * len(pairs)),
         "place": np.array(pairs["place"]),
         "prompt_key": np.array([pair_keys(pair)["prompt_key"] for pair in pairs]),
-        "chosen_length": np.array([len(text.strip()) for text in chosen]),
-        "rejected_length": np.array([len(text.strip()) for text in rejected]),
+        "chosen_length": np.array([response_length(text) for text in chosen]),
+        "rejected_length": np.array([response_length(text) for text in rejected]),
         "rating_gap": ratings[0] - ratings[1],
         "category": np.array(pairs["category"]),
     }
@@ -551,14 +551,15 @@ def evaluate_sources(
     scored = {name: score_pairs(evaluator, pairs, name) for name, pairs in sources.items()}
     total = join_columns([columns for columns, _ in scored.values()])
     margins = np.concatenate([margins for _, margins in scored.values()], axis=1)
+    files = {name: pair_metrics(columns) for name, (columns, _) in scored.items()}
     results = {
         "models": list(models),
         "members": {
             model: accuracy_with_interval(wins(each, np.zeros_like(each)))
             for model, each in zip(models, margins, strict=True)
         },
-        "files": {name: pair_metrics(columns) for name, (columns, _) in scored.items()},
-        "total": pair_metrics(total),
+        "files": files,
+        "total": pair_metrics(total) if len(files) > 1 else next(iter(files.values())),
     }
     return results, total
 

@@ -45,7 +45,7 @@ from huggingface_hub import HfApi
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from conversations import MIN_MAX_LENGTH, Messages, encode_batch, parse_prompt, response_text
+from conversations import MIN_MAX_LENGTH, Messages, encode_batch, parse_prompt, response_length, response_text
 from load_smollm_model import (
     MODEL_NAME,
     InputError,
@@ -545,11 +545,8 @@ def tokenize_pairs(dataset: Dataset, tokenizer, max_length: int, name: str) -> D
 
 def longer_wins(chosen: Iterable[str], rejected: Iterable[str]) -> float:
     """Accuracy of always preferring the answer with more characters (outer white space aside); ties count half."""
-    wins = [
-        (len(a.strip()) > len(b.strip())) + 0.5 * (len(a.strip()) == len(b.strip()))
-        for a, b in zip(chosen, rejected, strict=True)
-    ]
-    return float(np.mean(wins))
+    lengths = np.array([[response_length(text) for text in pair] for pair in zip(chosen, rejected, strict=True)])
+    return float(np.mean((np.sign(lengths[:, 0] - lengths[:, 1]) + 1) / 2))
 
 
 def percentiles(values: np.ndarray) -> dict[str, float]:

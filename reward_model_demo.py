@@ -23,7 +23,7 @@ import scipy.stats
 import torch
 from tqdm.auto import tqdm
 
-from conversations import Messages, encode_batch, parse_prompt, response_text
+from conversations import Messages, encode_batch, parse_prompt, response_length, response_text
 from load_smollm_model import (
     InputError,
     autocast,
@@ -227,8 +227,8 @@ class RewardModelEvaluator:
             "mean_difference": float((a - b).mean()),
             "mean_difference_interval": bootstrap_interval(a - b, groups),
             "p_value": paired_p_value(a - b, groups),
-            "mean_length_a": float(np.mean([len(response.strip()) for response in responses_a])),
-            "mean_length_b": float(np.mean([len(response.strip()) for response in responses_b])),
+            "mean_length_a": float(np.mean([*map(response_length, responses_a)])),
+            "mean_length_b": float(np.mean([*map(response_length, responses_b)])),
         }
 
     def evaluate_conversation(self, turns: Sequence[tuple[str, str]]) -> list[float]:

@@ -29,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import conversations
 import train_reward_model
-from conversations import encode_batch
+from conversations import encode_batch, response_length
 from load_smollm_model import InputError, load_tokenizer, resolve_model, run_script
 
 NEAR_TIE = 0.4  # rating gap, on a scale of 0 to 4 in steps of 0.2
@@ -46,7 +46,7 @@ def rating_gaps(pairs: Dataset) -> np.ndarray:
 
 def log_length_ratios(pairs: Dataset) -> np.ndarray:
     """log(characters of the chosen / of the rejected answer)."""
-    chosen, rejected = (np.array([len(text.strip()) for text in pairs[side]]) for side in ("chosen", "rejected"))
+    chosen, rejected = (np.array([*map(response_length, pairs[side])]) for side in ("chosen", "rejected"))
     return np.log(np.maximum(chosen, 1) / np.maximum(rejected, 1))
 
 
