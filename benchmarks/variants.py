@@ -10,6 +10,7 @@ no_near_ties     training pairs whose ratings differ by at most 0.4 are left out
 length_balanced  training pairs whose longer answer is the chosen one are thinned out until they are half
 length_expert    product of experts (arXiv 1909.03683): the loss sees margin + b * log(length ratio), with b fitted to
                  the training pairs beforehand, so that the reward learns what length does not explain
+large_head       the head as it is drawn, ten times as large as in the training
 lm_loss          0.1 x language-model loss on the chosen conversation is added (GRM, arXiv 2406.10216)
 prompt_quarter, prompt_three_quarters
                  share of max_length that the prompt may use, instead of half; evaluated so at the end of the training,
@@ -28,6 +29,7 @@ from datasets import Dataset
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import conversations
+import load_smollm_model
 import train_reward_model
 from conversations import encode_batch, response_length
 from load_smollm_model import InputError, load_tokenizer, resolve_model, run_script
@@ -111,11 +113,14 @@ def vary(variant: str, pairs: Dataset, seed: int, model: str, max_length: int) -
 
 
 def main() -> None:
-    variants = ("rating_margin", "no_near_ties", "length_balanced", "length_expert", "lm_loss", *PROMPT_SHARES)
+    variants = ("rating_margin", "no_near_ties", "length_balanced", "length_expert", "large_head", "lm_loss")
+    variants = (*variants, *PROMPT_SHARES)
     if len(sys.argv) < 2 or sys.argv[1] not in variants:
         sys.exit(f"usage: variants.py {{{','.join(variants)}}} [flags of train_reward_model.py]\n\n{__doc__}")
     variant = sys.argv.pop(1)
     conversations.PROMPT_SHARE = PROMPT_SHARES.get(variant, conversations.PROMPT_SHARE)
+    if variant == "large_head":
+        load_smollm_model.HEAD_SCALE = 1.0
     if variant == "lm_loss":
         train_reward_model.PairTrainer = LanguageModelTrainer
     load = train_reward_model.load_processed

@@ -20,6 +20,7 @@ from transformers import (
 
 import conversations
 import load_helpsteer_dataset
+import load_smollm_model
 import train_reward_model as trm
 from benchmarks import naive_recipe, variants
 from conversations import encode
@@ -637,10 +638,11 @@ def test_variants_name_what_they_lack(processed):
 
 def test_a_variant_runs_like_the_training(monkeypatch, tiny_model, processed, tmp_path, train):
     plain, trainer = train(output="plain"), trm.PairTrainer
-    for variant in ("length_expert", "lm_loss", "prompt_quarter", "prompt_three_quarters"):
+    for variant in ("length_expert", "large_head", "lm_loss", "prompt_quarter", "prompt_three_quarters"):
         monkeypatch.setattr(trm, "load_processed", load_helpsteer_dataset.load_processed)
         monkeypatch.setattr(trm, "PairTrainer", trainer)
         monkeypatch.setattr(conversations, "PROMPT_SHARE", 0.5)
+        monkeypatch.setattr(load_smollm_model, "HEAD_SCALE", 0.1)
         run_main(
             variants, monkeypatch, variant, "--model", tiny_model, "--data", processed, "--bf16", "false",
             "--output_dir", tmp_path / variant, "--disable_tqdm", "true",
