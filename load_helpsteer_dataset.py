@@ -545,8 +545,8 @@ def tokenize_pairs(dataset: Dataset, tokenizer, max_length: int, name: str) -> D
 
 def longer_wins(chosen: Iterable[str], rejected: Iterable[str]) -> float:
     """Accuracy of always preferring the answer with more characters (outer white space aside); ties count half."""
-    lengths = np.array([[response_length(text) for text in pair] for pair in zip(chosen, rejected, strict=True)])
-    return float(np.mean((np.sign(lengths[:, 0] - lengths[:, 1]) + 1) / 2))
+    extra = np.fromiter((response_length(a) - response_length(b) for a, b in zip(chosen, rejected, strict=True)), int)
+    return float(np.mean((np.sign(extra) + 1) / 2))
 
 
 def percentiles(values: np.ndarray) -> dict[str, float]:

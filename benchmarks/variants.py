@@ -37,6 +37,10 @@ from load_smollm_model import InputError, load_tokenizer, resolve_model, run_scr
 NEAR_TIE = 0.4  # rating gap, on a scale of 0 to 4 in steps of 0.2
 LM_WEIGHT = 0.1
 PROMPT_SHARES = {"prompt_quarter": 0.25, "prompt_three_quarters": 0.75}
+VARIANTS = (
+    *("rating_margin", "no_near_ties", "length_balanced", "length_expert", "large_head", "lm_loss"),
+    *PROMPT_SHARES,
+)
 
 
 def rating_gaps(pairs: Dataset) -> np.ndarray:
@@ -113,10 +117,8 @@ def vary(variant: str, pairs: Dataset, seed: int, model: str, max_length: int) -
 
 
 def main() -> None:
-    variants = ("rating_margin", "no_near_ties", "length_balanced", "length_expert", "large_head", "lm_loss")
-    variants = (*variants, *PROMPT_SHARES)
-    if len(sys.argv) < 2 or sys.argv[1] not in variants:
-        sys.exit(f"usage: variants.py {{{','.join(variants)}}} [flags of train_reward_model.py]\n\n{__doc__}")
+    if len(sys.argv) < 2 or sys.argv[1] not in VARIANTS:
+        sys.exit(f"usage: variants.py {{{','.join(VARIANTS)}}} [flags of train_reward_model.py]\n\n{__doc__}")
     variant = sys.argv.pop(1)
     conversations.PROMPT_SHARE = PROMPT_SHARES.get(variant, conversations.PROMPT_SHARE)
     if variant == "large_head":
