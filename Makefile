@@ -2,7 +2,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 SETUP := .venv/.complete
 
-.PHONY: run data model train demo test clean
+.PHONY: run data model train demo align test clean
 .NOTPARALLEL:
 
 run: data model train demo
@@ -25,10 +25,15 @@ train: $(SETUP)
 demo: $(SETUP)
 	$(BIN)/python reward_model_demo.py
 
+align: $(SETUP)
+	$(BIN)/python train_reward_model.py --train_half 1 --output_dir judge_1
+	$(BIN)/python train_reward_model.py --train_half 2 --seed 43 --output_dir judge_2
+	$(BIN)/python train_reinforce.py --reward_model judge_1 --second_judge judge_2 $(ALIGN)
+
 test: $(SETUP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
 
 clean:
-	rm -rf .venv processed_helpsteer reward_model_output evaluation
+	rm -rf .venv processed_helpsteer reward_model_output judge_1 judge_2 reinforce_output evaluation

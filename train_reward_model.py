@@ -13,17 +13,21 @@ Every field of `trl.RewardConfig` is a flag, and so are TRL's for LoRA. A stoppe
 `--fresh` starts over.
 """
 
+import contextlib
 import json
 import math
 import shutil
 import signal
 import sys
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from accelerate.utils import gather_object
 from datasets import Dataset, DatasetDict
 from matplotlib.figure import Figure
 from peft import PeftModel
@@ -43,7 +47,7 @@ from evaluate_reward_model import (
     write_evaluation,
 )
 from load_helpsteer_dataset import OUTPUT_DIR as DATA_DIR
-from load_helpsteer_dataset import draw, load_processed
+from load_helpsteer_dataset import draw, load_processed, pair_keys, split_by_prompt
 from load_smollm_model import (
     MODEL_NAME,
     InputError,
@@ -124,6 +128,10 @@ class ScriptArguments:
 
     model: str = field(default=MODEL_NAME, metadata={"help": "base model: hub id or local directory"})
     data: str = field(default=DATA_DIR, metadata={"help": "directory written by load_helpsteer_dataset.py"})
+    train_half: int | None = field(
+        default=None,
+        metadata={"help": "1 or 2: that half of the training prompts, for two independent judges", "choices": [1, 2]},
+    )
     max_train_samples: int | None = field(default=MAX_TRAIN_SAMPLES, metadata={"help": "pairs, drawn at random"})
     max_eval_samples: int = field(default=MAX_EVAL_SAMPLES, metadata={"help": "pairs per evaluation in training"})
     dropout: float = field(default=DROPOUT, metadata={"help": "wherever the model has it; SmolLM2: in attention"})
@@ -189,34 +197,46 @@ def pair_accuracy(prediction: EvalPrediction) -> dict[str, float]:
     return {"pair_accuracy": float(wins(prediction.predictions[:, 0], prediction.predictions[:, 1]).mean())}
 
 
+@contextlib.contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Turn Ctrl-C into a request to stop after the update; a second one stops at once.
+
+    Yields:
+        A function that tells whether any process was asked to stop. All processes have to call it after the same
+        update, so that all of them stop there.
+    """
+    requests = []
+
+    def note(number, frame):
+        if requests:
+            raise KeyboardInterrupt
+        requests.append(number)
+        print("\nStopping after this update; Ctrl-C again to stop at once.", file=sys.stderr)
+
+    def requested() -> bool:
+        return any(gather_object([bool(requests)]))
+
+    previous = signal.signal(signal.SIGINT, note)
+    try:
+        yield requested
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
 class Watch(TrainerCallback):
-    """Turns Ctrl-C into an orderly stop with a checkpoint, and measures the time spent in updates alone.
+    """Ends the training in good order, with a checkpoint, when `stop_requested`; measures the time of updates alone.
 
     The time goes into the log, and so into the checkpoints: a resumed run continues to count.
     """
 
-    def __init__(self):
-        self.interrupted, self.seconds, self.updates, self.started = False, 0.0, 0, 0.0
+    def __init__(self, stop_requested: Callable[[], bool]):
+        self.stop_requested, self.interrupted = stop_requested, False
+        self.seconds, self.updates, self.started = 0.0, 0, 0.0
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.previous = signal.signal(signal.SIGINT, self.interrupt)
         for entry in state.log_history:
             if "update_seconds" in entry:
                 self.seconds, self.updates = entry["update_seconds"], entry["step"]
-
-    def interrupt(self, number, frame):
-        if self.interrupted:
-            raise KeyboardInterrupt
-        self.interrupted = True
-        print("\nStopping after this update; Ctrl-C again to stop at once.", file=sys.stderr)
-
-    def anywhere(self, args) -> bool:
-        """Whether any process was interrupted: all have to stop after the same update."""
-        if args.world_size > 1:
-            flag = torch.tensor(float(self.interrupted), device=args.device)
-            torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
-            self.interrupted = bool(flag)
-        return self.interrupted
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.started = time.perf_counter()
@@ -224,15 +244,12 @@ class Watch(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds += time.perf_counter() - self.started
         self.updates += 1
-        if self.anywhere(args):
-            control.should_save = control.should_training_stop = True
+        if self.stop_requested():
+            self.interrupted = control.should_save = control.should_training_stop = True
 
     def on_log(self, args, state, control, logs, **kwargs):
         if "loss" in logs:
             state.log_history[-1]["update_seconds"] = self.seconds
-
-    def on_train_end(self, args, state, control, **kwargs):
-        signal.signal(signal.SIGINT, self.previous)
 
 
 # --- settings --------------------------------------------------------------------------------------------------------
@@ -315,8 +332,11 @@ def run_settings(
     return {**config.to_dict(), **vars(script), **adapter, **run}
 
 
-def prepare_checkpoints(checkpoints: Path, settings: dict[str, Any], fresh: bool) -> None:
+def prepare_checkpoints(checkpoints: Path, settings: dict[str, Any], ignored: set[str], fresh: bool) -> None:
     """Keep the checkpoints of a run with these settings; otherwise begin with an empty directory.
+
+    Args:
+        ignored: names of settings that may differ.
 
     Raises:
         InputError: the checkpoints there belong to an unfinished run with other settings.
@@ -324,7 +344,7 @@ def prepare_checkpoints(checkpoints: Path, settings: dict[str, Any], fresh: bool
     saved = checkpoints / "settings.json"
     if saved.is_file() and last_checkpoint(checkpoints) and not fresh:
         before, now = json.loads(saved.read_text(encoding="utf-8")), json.loads(json.dumps(settings, default=str))
-        names = sorted((before.keys() | now.keys()) - IGNORED_ON_RESUME)
+        names = sorted((before.keys() | now.keys()) - ignored)
         changed = [name for name in names if before.get(name) != now.get(name)]
         if not changed:
             return
@@ -354,7 +374,7 @@ def is_complete(checkpoint: Path) -> bool:
 
 
 def claim_output(output: Path, base_model: str) -> None:
-    """Refuse a directory that holds something else than a reward model or its checkpoints, or the base model itself.
+    """Refuse a directory that holds something else than a model of ours or its checkpoints, or the base model itself.
 
     Raises:
         InputError: it does.
@@ -399,13 +419,23 @@ def publish(staging: Path, output: Path) -> None:
 # --- the stages, in order --------------------------------------------------------------------------------------------
 
 
+def half_of(pairs: Dataset, half: int | None, seed: int) -> Dataset:
+    """The pairs of one half of the prompts, or all pairs; `seed` is that of the data, the same for both halves."""
+    if half is None:
+        return pairs
+    texts = pairs.select_columns(["prompt", "chosen", "rejected"])
+    prompt_keys = np.array([pair_keys(pair)["prompt_key"] for pair in texts])
+    return pairs.select(split_by_prompt(prompt_keys, 0.5, seed)[half - 1])
+
+
 def build_trainer(
     script: ScriptArguments, config: RewardConfig, lora: ModelConfig, splits: DatasetDict, metadata: dict[str, Any]
 ) -> tuple[PairTrainer, ModelSource]:
     """Trainer over the drawn pairs with a fresh reward model, and where its base model came from."""
     if DEVICE.type == "cpu":
         keep_freed_memory()
-    train_pairs = splits["train"].select(draw(len(splits["train"]), script.max_train_samples, config.seed))
+    train_pairs = half_of(splits["train"], script.train_half, metadata["seed"])
+    train_pairs = train_pairs.select(draw(len(train_pairs), script.max_train_samples, config.seed))
     eval_pairs = splits["validation"].select(draw(len(splits["validation"]), script.max_eval_samples, config.seed))
     fit_rhythm(config, len(train_pairs))
     with config.main_process_first(desc="finding the model"):
@@ -447,14 +477,15 @@ def train(trainer: PairTrainer, settings: dict[str, Any], fresh: bool) -> Watch:
         raise InputError(f"{checkpoint}: not a complete checkpoint; name a checkpoint-N directory")
     if not checkpoint:
         if first:
-            prepare_checkpoints(checkpoints, settings, fresh)
+            prepare_checkpoints(checkpoints, settings, IGNORED_ON_RESUME, fresh)
         trainer.accelerator.wait_for_everyone()
         checkpoint = last_checkpoint(checkpoints)
     if checkpoint and first:
         print(f"Resuming from {checkpoint} (--fresh starts over).")
-    watch = Watch()
-    trainer.add_callback(watch)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    with stop_requests() as stop_requested:
+        watch = Watch(stop_requested)
+        trainer.add_callback(watch)
+        trainer.train(resume_from_checkpoint=checkpoint)
     step, last = trainer.state.global_step, trainer.state.max_steps
     if watch.interrupted and step < last:
         if first:

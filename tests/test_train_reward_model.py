@@ -275,6 +275,28 @@ def test_samples_are_limited(train):
     assert json.loads((output / "metrics.json").read_text())["train_pairs"] == 8
 
 
+def test_the_halves_share_no_prompt_and_are_all_pairs():
+    prompts = [f"Prompt {number // 3}" for number in range(30)]  # three pairs each
+    pairs = Dataset.from_list([
+        {"prompt": [{"role": "user", "content": prompt}], "chosen": f"Yes {row}", "rejected": "No", "chosen_ids": [row]}
+        for row, prompt in enumerate(prompts)
+    ])  # fmt: skip
+    halves = [trm.half_of(pairs, half, 42)["chosen_ids"] for half in (1, 2)]
+    assert sorted(row for half in halves for (row,) in half) == list(range(30))
+    sides = [{prompts[row] for (row,) in half} for half in halves]
+    assert not sides[0] & sides[1] and len(sides[0]) == len(sides[1]) == 5
+    assert trm.half_of(pairs, None, 42)["chosen_ids"][:] == pairs["chosen_ids"][:]
+
+
+def test_halves_do_not_depend_on_the_seed_of_the_training(train, processed, monkeypatch):
+    seen, half_of = [], trm.half_of
+    monkeypatch.setattr(trm, "half_of", lambda *arguments: seen.append(half_of(*arguments)) or seen[-1])
+    train("--train_half", "1", output="one")
+    train("--train_half", "2", "--seed", "43", output="two")
+    assert {str(pair["prompt"]) for pair in seen[0]}.isdisjoint(str(pair["prompt"]) for pair in seen[1])
+    assert len(seen[0]) + len(seen[1]) == len(load_from_disk(processed)["train"])
+
+
 # --- stopping and going on -------------------------------------------------------------------------------------------
 
 
@@ -385,7 +407,7 @@ def test_after_a_finished_run_other_settings_start_over(train):
 
 def test_a_half_written_checkpoint_is_passed_over(tmp_path):
     settings = {"learning_rate": 1}
-    trm.prepare_checkpoints(tmp_path / "c", settings, fresh=False)
+    trm.prepare_checkpoints(tmp_path / "c", settings, trm.IGNORED_ON_RESUME, fresh=False)
     assert trm.last_checkpoint(tmp_path / "c") is None
     whole = ["model.safetensors", "scheduler.pt", "trainer_state.json"]
     for step, files in {2: whole, 10: whole, 12: whole[:2]}.items():
@@ -396,9 +418,9 @@ def test_a_half_written_checkpoint_is_passed_over(tmp_path):
     (tmp_path / "c" / "checkpoint-16").mkdir()
     (tmp_path / "c" / "checkpoint-16" / "trainer_state.json").write_text('{"cut o')
     assert trm.last_checkpoint(tmp_path / "c") == str(tmp_path / "c" / "checkpoint-10")
-    trm.prepare_checkpoints(tmp_path / "c", settings, fresh=False)
+    trm.prepare_checkpoints(tmp_path / "c", settings, trm.IGNORED_ON_RESUME, fresh=False)
     assert trm.last_checkpoint(tmp_path / "c") == str(tmp_path / "c" / "checkpoint-10")
-    trm.prepare_checkpoints(tmp_path / "c", settings, fresh=True)
+    trm.prepare_checkpoints(tmp_path / "c", settings, trm.IGNORED_ON_RESUME, fresh=True)
     assert not list((tmp_path / "c").glob("checkpoint-*"))
 
 
