@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import ctypes
 import functools
+import gc
 import importlib.metadata
 import importlib.util
 import shutil
@@ -26,6 +27,7 @@ import huggingface_hub.constants
 import jinja2
 import psutil
 import torch
+import torch.distributed.nn  # before any process group exists: its default arguments would keep one from being closed
 import transformers
 from huggingface_hub.errors import DisabledRepoError, HFValidationError, RepositoryNotFoundError
 from tokenizers import AddedToken
@@ -63,12 +65,30 @@ class ModelSource(NamedTuple):
 
 def run_script(main) -> None:
     """Run `main`; an `InputError` becomes one line on stderr and exit code 1, Ctrl-C exit code 130."""
+    outcome = None
     try:
         main()
     except InputError as error:
-        sys.exit(f"error: {error}")
+        outcome = f"error: {error}"
+    except SystemExit as end:
+        outcome = end.code
     except KeyboardInterrupt:
         sys.exit(130)
+    close_process_group()
+    if outcome is not None:
+        sys.exit(outcome)
+
+
+def close_process_group() -> None:
+    """End the communication with other processes, if there is any.
+
+    The threads of gloo may still hold tensors of the last exchange, and a thread that frees one while the interpreter
+    is being torn down aborts the process. Closing joins these threads, but only when nothing else holds the group: a
+    model in `DistributedDataParallel` does, for as long as the garbage collector has not found its trainer.
+    """
+    if torch.distributed.is_initialized():
+        gc.collect()
+        torch.distributed.destroy_process_group()
 
 
 @contextlib.contextmanager

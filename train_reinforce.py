@@ -1104,7 +1104,8 @@ def main() -> None:
     if results:
         (output / "checkpoints" / "finished").touch()
         print(report(results, output))
-    run.accelerator.end_training()
+    for tracker in run.accelerator.trackers:
+        tracker.finish()
 
 
 if __name__ == "__main__":

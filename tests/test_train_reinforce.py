@@ -3,9 +3,7 @@
 import itertools
 import json
 import math
-import os
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import make_pairs, run_main, save_reward_model
+from conftest import make_pairs, run_main, save_reward_model, torchrun
 from datasets import Dataset
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
@@ -373,30 +371,26 @@ import sys
 import torch
 import test_train_reinforce as tests
 import train_reinforce as tr
+from load_smollm_model import run_script
 
-policy = tests.small_llama(8)
-run = tests.make_run(policy, tests.small_llama(8, 1), max_new_tokens=4, micro_batch_size=2)
-world, rank = run.accelerator.num_processes, run.accelerator.process_index
-alone = tests.small_llama(8)
-sampled = tr.sample(alone, run.tokenizer, run.prompts[:8], run.sampling, None, seed=3)
-mine = sampled.part(rank * 8 // world, 8 // world)
-scores = torch.arange(8.0)[rank * 8 // world :][: 8 // world]
-sums = tr.accumulate_gradient(run, mine, scores, 2.0)
-total = run.accelerator.reduce(torch.stack(list(sums.values())), "sum")
-run.accelerator.clip_grad_norm_(run.policy.parameters(), 1e9)
-if rank == 0:
-    torch.save({"gradient": tests.flat(each.grad for each in policy.parameters()), "sums": total}, sys.argv[1])
-run.accelerator.end_training()
+
+def main():
+    policy = tests.small_llama(8)
+    run = tests.make_run(policy, tests.small_llama(8, 1), max_new_tokens=4, micro_batch_size=2)
+    world, rank = run.accelerator.num_processes, run.accelerator.process_index
+    alone = tests.small_llama(8)
+    sampled = tr.sample(alone, run.tokenizer, run.prompts[:8], run.sampling, None, seed=3)
+    mine = sampled.part(rank * 8 // world, 8 // world)
+    scores = torch.arange(8.0)[rank * 8 // world :][: 8 // world]
+    sums = tr.accumulate_gradient(run, mine, scores, 2.0)
+    total = run.accelerator.reduce(torch.stack(list(sums.values())), "sum")
+    run.accelerator.clip_grad_norm_(run.policy.parameters(), 1e9)
+    if rank == 0:
+        torch.save({"gradient": tests.flat(each.grad for each in policy.parameters()), "sums": total}, sys.argv[1])
+
+
+run_script(main)
 """
-
-
-def torchrun(processes: int, script: Path, *arguments) -> subprocess.CompletedProcess:
-    tests = Path(__file__).parent
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    paths = os.pathsep.join([str(tests), str(tests.parent)])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [*launch, str(script), *map(str, arguments)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
 
 
 def test_two_processes_give_the_gradient_of_one(tmp_path):
@@ -405,8 +399,7 @@ def test_two_processes_give_the_gradient_of_one(tmp_path):
     results = []
     for processes in (1, 2):
         output = tmp_path / f"{processes}.pt"
-        done = torchrun(processes, script, output)
-        assert done.returncode == 0, done.stderr[-2000:]
+        torchrun(processes, script, output)
         results.append(torch.load(output, weights_only=True))
     assert torch.allclose(results[0]["gradient"], results[1]["gradient"], atol=1e-5)
     assert torch.allclose(results[0]["sums"], results[1]["sums"], atol=1e-3)
@@ -612,8 +605,7 @@ def test_two_processes_run_the_whole_script(reinforce, tmp_path, monkeypatch):
     called = []
     monkeypatch.setattr(tr, "main", lambda: called.append(sys.argv[1:]))
     output = reinforce(output="two")
-    result = torchrun(2, Path(tr.__file__), *called[0])
-    assert result.returncode == 0, result.stderr[-2000:]
+    result = torchrun(2, tr.__file__, *called[0])
     assert json.loads((output / "evaluation.json").read_text())["n"] == 7
     log = timeless(output / "metrics.jsonl")
     assert len(log) == 4 and abs(log[0]["kl"]) < 1e-5 and log[0]["length"] == 5
