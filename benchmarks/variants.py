@@ -125,6 +125,7 @@ def main() -> None:
         load_smollm_model.HEAD_SCALE = 1.0
     if variant == "lm_loss":
         train_reward_model.PairTrainer = LanguageModelTrainer
+        train_reward_model.share_prefixes = lambda model: False  # its loss is on whole conversations
     load = train_reward_model.load_processed
     script, config, lora = train_reward_model.parse_settings()
     if variant == "lm_loss" and lora.use_peft:

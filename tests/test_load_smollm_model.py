@@ -7,7 +7,7 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
 
 import load_smollm_model as lsm
 from conversations import encode
@@ -378,3 +378,66 @@ def test_a_prompt_that_is_answered_already_is_named(tiny_model, tokenizer):
 def test_greedy_answer_of_the_real_model(smollm, tokenizer):
     text = lsm.answer(lsm.load_sft_model(smollm), tokenizer, "What is 2+2?", 12)
     assert "4" in text
+
+
+# --- prefixes in common ----------------------------------------------------------------------------------------------
+
+
+def test_prefix_tree_by_hand():
+    tree = lsm.prefix_tree([[1, 2, 3], [1, 2, 4, 5], [6], [1, 2]])
+    assert tree.ids.tolist() == [[1, 2, 3, 4, 5, 6]]
+    assert tree.positions.tolist() == [[0, 1, 2, 2, 3, 0]]
+    assert tree.paths.tolist() == [[0, 1, 2, 2], [0, 1, 3, 4], [5, 5, 5, 5], [0, 1, 1, 1]]
+    assert tree.ends.tolist() == [2, 4, 5, 1]
+    assert tree.ids[0][tree.paths].flatten()[tree.places].tolist() == tree.ids[0].tolist()
+
+
+SHAPE = {
+    "vocab_size": 50, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 64, "pad_token_id": 0, "num_labels": 1,
+    "initializer_range": 0.2,
+}  # fmt: skip
+
+
+def reward_and_gradient(model, ids, mask):
+    model.zero_grad()
+    rewards = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+    (rewards[:, 0] * torch.arange(1.0, len(ids) + 1)).sum().backward()
+    return rewards.detach(), torch.cat([each.grad.flatten() for each in model.parameters()])
+
+
+@pytest.mark.parametrize("kind", sorted(lsm.TREE_MODELS))
+def test_shared_prefixes_change_neither_rewards_nor_gradients(kind):
+    torch.manual_seed(0)
+    options = SHAPE | ({"sliding_window": None} if kind == "mistral" else {})
+    model = AutoModelForSequenceClassification.from_config(AutoConfig.for_model(kind, **options)).eval()
+    prompt, other = [5, 6, 7, 8, 9], [5, 6, 11]
+    rows = [[*prompt, 20, 21], [*other, 30], [*prompt, 20, 22, 23, 24], [*other, 31, 32, 33], [*prompt, 20, 21]]
+    ids = torch.tensor([row + [0] * (9 - len(row)) for row in rows])
+    mask = (ids != 0).long()
+    rewards, gradient = reward_and_gradient(model, ids, mask)
+    tokens = []
+    model.base_model.layers[0].register_forward_hook(lambda module, args, output: tokens.append(args[0].shape[:2]))
+    assert lsm.share_prefixes(model)
+    shared_rewards, shared_gradient = reward_and_gradient(model, ids, mask)
+    assert tokens == [(1, 5 + 2 + 3 + 1 + 1 + 3)]
+    assert torch.allclose(shared_rewards, rewards, atol=1e-5) and rewards.std() > 0.01
+    assert torch.allclose(shared_gradient, gradient, atol=1e-5 * float(gradient.abs().max()))
+
+
+def test_other_attentions_stay_as_they_are():
+    windowed = AutoConfig.for_model("mistral", **SHAPE, sliding_window=4)
+    gemma = AutoConfig.for_model("gemma", **SHAPE, head_dim=8)
+    for config in (windowed, gemma):
+        assert not lsm.share_prefixes(AutoModelForSequenceClassification.from_config(config))
+
+
+def test_a_sharing_model_is_saved_as_a_plain_one(tmp_path, tiny_reward_model):
+    _, model = lsm.load_trained_reward_model(tiny_reward_model)
+    assert lsm.share_prefixes(model)
+    model.save_pretrained(tmp_path)
+    plain = AutoModelForSequenceClassification.from_pretrained(tmp_path)
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, 9, 0]])
+    mask = (ids != 0).long()
+    expected = model(input_ids=ids, attention_mask=mask).logits
+    assert torch.allclose(plain(input_ids=ids, attention_mask=mask).logits, expected, atol=1e-5)
