@@ -76,10 +76,10 @@ EVALUATION_PROMPTS = 256  # of the validation split
 MAX_NEW_TOKENS = 48 if ON_MPS else 64  # tokens of a completion
 TEMPERATURE = 1.0  # of sampling and of all log-probabilities
 # optimisation
-STEPS = 200  # updates
+STEPS = 100  # updates
 COMPLETIONS_PER_STEP = 32  # of all processes together, one for each prompt
 MICRO_BATCH_SIZE = 8  # completions per forward and backward pass
-LEARNING_RATE = 1e-5  # constant after the warm-up
+LEARNING_RATE = 2e-5  # constant after the warm-up
 WARMUP_STEPS = 6  # updates
 MAX_GRAD_NORM = 1.0  # gradient clipping
 # reward, in standard deviations of the reward model
@@ -99,9 +99,9 @@ CLOSING = 2  # tokens after an answer in the chat template
 EVALUATION_BATCH_SIZE = 32  # prompts answered at once
 SHOWN_SAMPLES = 12  # in samples.md
 
-# Settings that do not change the result: a checkpoint may be continued under others.
+# Settings that do not change the updates: a checkpoint may be continued under others. More steps make a run longer.
 IGNORED_ON_RESUME = {
-    *("fresh", "data", "output_dir", "report_to", "save_steps", "max_kl"),
+    *("fresh", "data", "output_dir", "report_to", "save_steps", "max_kl", "steps"),
     *("second_judge", "evaluation_prompts"),
 }
 SIGNIFICANT_DIGITS = 3  # of p-values, which four decimals would round to 0
@@ -1092,7 +1092,12 @@ def open_run(settings: Settings, output: Path) -> tuple[Run, dict[str, Any], dic
     checkpoint = last_checkpoint(output / "checkpoints")
     if checkpoint:
         accelerator.print(f"Resuming from {checkpoint} (--fresh starts over).")
-    return run, load_checkpoint(run, checkpoint), resolved
+    state = load_checkpoint(run, checkpoint)
+    if state["step"] > settings.steps:
+        raise InputError(
+            f"{checkpoint}: has more updates than --steps {settings.steps}; give more, or start over with --fresh"
+        )
+    return run, state, resolved
 
 
 def main() -> None:

@@ -548,6 +548,18 @@ def test_a_finished_run_is_evaluated_again_by_the_same_command(reinforce):
     assert ((output / "model.safetensors").read_bytes(), (output / "evaluation.json").read_text()) == before
 
 
+def test_more_steps_make_a_finished_run_longer(reinforce):
+    whole, output = reinforce("--steps", "6", output="whole"), reinforce()
+    assert len(timeless(output / "metrics.jsonl")) == 4
+    reinforce("--steps", "6")
+    assert timeless(whole / "metrics.jsonl") == timeless(output / "metrics.jsonl")
+    weights = [load_file(each / "model.safetensors") for each in (whole, output)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    with pytest.raises(SystemExit) as ended:
+        reinforce("--steps", "5")
+    assert "has more updates than --steps 5" in str(ended.value.code)
+
+
 def test_a_bad_flag_leaves_a_finished_run_alone(reinforce):
     output = reinforce()
     files = {path for path in output.rglob("*") if path.is_file()}
