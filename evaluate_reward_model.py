@@ -25,6 +25,8 @@ import numpy as np
 import pandas
 import scipy.special
 import scipy.stats
+from accelerate import PartialState
+from accelerate.utils import gather_object
 from datasets import Dataset
 from matplotlib.figure import Figure
 from tabulate import tabulate
@@ -38,7 +40,7 @@ from load_helpsteer_dataset import (
     pair_keys,
     pick_split,
 )
-from load_smollm_model import InputError, replace_directory, replace_file, run_script, write_text
+from load_smollm_model import InputError, is_first_process, replace_directory, replace_file, run_script, write_text
 from reward_model_demo import MODEL_PATH, RewardModelEvaluator, bootstrap_interval, wins
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -122,7 +124,9 @@ def score_pairs(evaluator: RewardModelEvaluator, pairs: Dataset, name: str) -> t
         evaluator's M members.
     """
     prompts, chosen, rejected = (list(pairs[column]) for column in ("prompt", "chosen", "rejected"))
-    scores = evaluator.get_member_scores([*prompts, *prompts], [*chosen, *rejected], BATCH_SIZE, progress=True)
+    scores = evaluator.get_member_scores(
+        [*prompts, *prompts], [*chosen, *rejected], BATCH_SIZE, progress=is_first_process()
+    )
     rewards = evaluator.combine(scores)
     encoded = [encode_batch(evaluator.tokenizer, prompts, side, evaluator.max_length) for side in (chosen, rejected)]
     columns = {
@@ -133,6 +137,16 @@ def score_pairs(evaluator: RewardModelEvaluator, pairs: Dataset, name: str) -> t
         "response_cut": np.array([a.response_cut or b.response_cut for a, b in zip(*encoded, strict=True)]),
     }
     return columns, scores[:, : len(pairs)] - scores[:, len(pairs) :]
+
+
+def score_together(evaluator: RewardModelEvaluator, pairs: Dataset, name: str) -> Columns:
+    """The columns of `score_pairs` with the pairs divided among the processes: each is scored once, by one of them.
+
+    All processes have to call it; all get the columns of all pairs, in their order.
+    """
+    state = PartialState()
+    mine = pairs.shard(state.num_processes, state.process_index, contiguous=True)
+    return join_columns(gather_object([score_pairs(evaluator, mine, name)[0]] if len(mine) else []))
 
 
 def join_columns(tables: Sequence[Columns]) -> Columns:

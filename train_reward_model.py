@@ -7,6 +7,7 @@ Out: `reward_model_output/`: model and tokenizer, `metrics.json`, `rewards.csv`,
     python train_reward_model.py
     python train_reward_model.py --learning_rate 2e-5 --num_train_epochs 2 --output_dir other_output
     python train_reward_model.py --use_peft --learning_rate 5e-4
+    python train_reward_model.py --streaming hub/dataset --max_steps 10000
     accelerate launch train_reward_model.py
 
 Every field of `trl.RewardConfig` is a flag, and so are TRL's for LoRA. A stopped run goes on by the same command;
@@ -28,31 +29,39 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils import gather_object
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, IterableDataset
 from matplotlib.figure import Figure
 from peft import PeftModel
 from transformers import EvalPrediction, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 from trl import ModelConfig, RewardConfig, RewardTrainer, TrlParser, get_peft_config
 
-from conversations import encode_batch
+from conversations import MIN_MAX_LENGTH, encode_batch
 from evaluate_reward_model import (
     Columns,
     model_card,
     pair_metrics,
     processed_pairs,
     rounded,
-    score_pairs,
+    score_together,
     summary,
     write_evaluation,
 )
 from load_helpsteer_dataset import OUTPUT_DIR as DATA_DIR
-from load_helpsteer_dataset import draw, load_processed, pair_keys, split_by_prompt
+from load_helpsteer_dataset import (
+    default_max_length,
+    draw,
+    load_processed,
+    pair_keys,
+    split_by_prompt,
+    stream_processed,
+)
 from load_smollm_model import (
     MODEL_NAME,
     InputError,
     ModelSource,
     autocast_dtype,
+    decided_by_first,
     first_line,
     keep_freed_memory,
     load_reward_model,
@@ -77,7 +86,7 @@ MAX_EVAL_SAMPLES = 400  # pairs for the evaluations during training; the last on
 LEARNING_RATE = 5e-5  # peak
 NUM_TRAIN_EPOCHS = 1  # passes over the training pairs
 PER_DEVICE_TRAIN_BATCH_SIZE = 1 if ON_MPS else 4  # pairs per step and device
-GRADIENT_ACCUMULATION_STEPS = 8 if ON_MPS else 2  # steps per update: 8 pairs an update and device
+GRADIENT_ACCUMULATION_STEPS = 8 if ON_MPS else 2  # steps per update: 8 pairs, of all processes together
 WARMUP_STEPS = 0.05  # share of all updates (a whole number counts updates)
 LR_SCHEDULER_TYPE = "linear"  # decay to 0 after the warm-up
 WEIGHT_DECAY = 0.0  # AdamW
@@ -107,7 +116,7 @@ UNSUPPORTED = {
         ("model_init_kwargs", "trust_remote_code"), "the base model is loaded in fp32 without its own code"
     ),
     **dict.fromkeys(("chat_template_path", "pad_token", "eos_token"), "the data was prepared with the model's own"),
-    "max_length": "load_helpsteer_dataset.py cuts to --max_length; here it would drop pairs",
+    "max_length": "load_helpsteer_dataset.py cuts to --max_length (here only with --streaming)",
     "lora_task_type": "a reward model is a sequence classifier",
 }
 
@@ -129,6 +138,10 @@ class ScriptArguments:
 
     model: str = field(default=MODEL_NAME, metadata={"help": "base model: hub id or local directory"})
     data: str = field(default=DATA_DIR, metadata={"help": "directory written by load_helpsteer_dataset.py"})
+    streaming: str | None = field(
+        default=None, metadata={"help": "train straight from this source (file, directory, hub id) for --max_steps"}
+    )
+    split: str | None = field(default=None, metadata={"help": "of a hub dataset, with --streaming"})
     train_half: int | None = field(
         default=None,
         metadata={"help": "1 or 2: that half of the training prompts, for two independent judges", "choices": [1, 2]},
@@ -278,15 +291,44 @@ def parse_settings(arguments: list[str] | None = None) -> tuple[ScriptArguments,
     given, untouched = vars(config) | vars(lora), vars(ModelConfig(**LORA_DEFAULTS))
     for name, value in given.items():
         changed = value != untouched.get(name, parser.get_default(name))
-        if changed and name in UNSUPPORTED:
+        if changed and name in UNSUPPORTED and not (name == "max_length" and script.streaming):
             parser.error(f"--{name} is not supported: {UNSUPPORTED[name]}")
         if changed and name in LORA_FLAGS and not lora.use_peft:
             parser.error(f"--{name} needs --use_peft")
+    if config.max_length is not None and config.max_length < MIN_MAX_LENGTH:
+        parser.error(f"--max_length must be at least {MIN_MAX_LENGTH}")
+    if script.streaming and config.max_steps <= 0:
+        parser.error("--streaming needs --max_steps: a stream has no known end")
+    if script.streaming and (script.train_half or script.max_train_samples):
+        parser.error("--train_half and --max_train_samples need prepared data; they exclude --streaming")
+    if script.split and not script.streaming:
+        parser.error("--split needs --streaming")
     if script.fresh and config.resume_from_checkpoint:
         parser.error("--fresh and --resume_from_checkpoint exclude each other")
     if config.save_total_limit == 1:
         config.save_total_limit = 2  # the best checkpoint and the last one, from which a stopped run goes on
     return script, config, lora
+
+
+def share_update(config: RewardConfig) -> None:
+    """Divide the pairs of an update among the processes, so that their number does not change the result.
+
+    Only as long as both batch settings are at their constants: other values count per process, as everywhere in TRL.
+
+    Raises:
+        InputError: the pairs can not be divided.
+    """
+    batch, accumulation = PER_DEVICE_TRAIN_BATCH_SIZE, GRADIENT_ACCUMULATION_STEPS
+    if (config.per_device_train_batch_size, config.gradient_accumulation_steps) != (batch, accumulation):
+        return
+    mine, rest = divmod(batch * accumulation, config.world_size)
+    if rest:
+        raise InputError(
+            f"the {batch * accumulation} pairs of an update can not be divided among {config.world_size} processes; "
+            "give --per_device_train_batch_size and --gradient_accumulation_steps, which then count per process"
+        )
+    config.per_device_train_batch_size = math.gcd(batch, mine)
+    config.gradient_accumulation_steps = mine // config.per_device_train_batch_size
 
 
 def fit_rhythm(config: RewardConfig, pairs: int) -> int:
@@ -359,6 +401,16 @@ def prepare_checkpoints(checkpoints: Path, settings: dict[str, Any], ignored: se
         write_text(directory / "settings.json", json.dumps(settings, indent=2, default=str) + "\n")
 
 
+def checkpoint_to_resume(checkpoints: Path, settings: dict[str, Any], ignored: set[str], fresh: bool) -> str | None:
+    """The last checkpoint of a run with these settings, after `prepare_checkpoints`; the same in all processes."""
+
+    def choose() -> str | None:
+        prepare_checkpoints(checkpoints, settings, ignored, fresh)
+        return last_checkpoint(checkpoints)
+
+    return decided_by_first(choose)
+
+
 def last_checkpoint(checkpoints: Path) -> str | None:
     """The complete checkpoint with the most updates, if any."""
     complete = [path for path in checkpoints.glob("checkpoint-*") if is_complete(path)]
@@ -429,26 +481,53 @@ def half_of(pairs: Dataset, half: int | None, seed: int) -> Dataset:
     return pairs.select(split_by_prompt(prompt_keys, 0.5, seed)[half - 1])
 
 
+def data_name(script: ScriptArguments) -> str:
+    """The prepared data or the stream, as the user named it."""
+    return script.streaming or script.data
+
+
+def open_stream(script: ScriptArguments, config: RewardConfig, model: ModelSource) -> tuple[dict, dict[str, Any]]:
+    """Splits and metadata straight from the source that `--streaming` names."""
+    max_length, config.max_length = config.max_length or default_max_length(), None  # TRL would drop long pairs
+    return stream_processed(script.streaming, script.split, model, max_length, script.max_eval_samples, config.seed)
+
+
+def pick_train_pairs(script: ScriptArguments, seed: int, pairs: Dataset, data_seed: int) -> Dataset:
+    """The half of the pairs that was asked for, and of it so many, drawn at random."""
+    pairs = half_of(pairs, script.train_half, data_seed)
+    return pairs.select(draw(len(pairs), script.max_train_samples, seed))
+
+
+def find_model(script: ScriptArguments, config: RewardConfig) -> ModelSource:
+    """The base model; the first process of a machine looks for it, and converts it if need be, before the others."""
+    with config.main_process_first(desc="finding the model"):
+        return resolve_model(script.model)
+
+
 def build_trainer(
-    script: ScriptArguments, config: RewardConfig, lora: ModelConfig, splits: DatasetDict, metadata: dict[str, Any]
-) -> tuple[PairTrainer, ModelSource]:
-    """Trainer over the drawn pairs with a fresh reward model, and where its base model came from."""
+    script: ScriptArguments,
+    config: RewardConfig,
+    lora: ModelConfig,
+    splits: dict[str, Any],
+    metadata: dict[str, Any],
+    source: ModelSource,
+) -> PairTrainer:
+    """Trainer over the drawn pairs, or over the stream, with a fresh reward model."""
     if DEVICE.type == "cpu":
         keep_freed_memory()
-    train_pairs = half_of(splits["train"], script.train_half, metadata["seed"])
-    train_pairs = train_pairs.select(draw(len(train_pairs), script.max_train_samples, config.seed))
+    train_pairs = splits["train"]
+    if not script.streaming:
+        train_pairs = pick_train_pairs(script, config.seed, train_pairs, metadata["seed"])
     eval_pairs = splits["validation"].select(draw(len(splits["validation"]), script.max_eval_samples, config.seed))
-    fit_rhythm(config, len(train_pairs))
-    with config.main_process_first(desc="finding the model"):
-        source = resolve_model(script.model)
+    share_update(config)
+    fit_rhythm(config, 0 if script.streaming else len(train_pairs))
     tokenizer = load_tokenizer(source.path)
-    for split in (train_pairs, eval_pairs):
-        check_tokens(split, tokenizer, metadata["max_length"], metadata["tokenizer"])
+    check_tokens(eval_pairs, tokenizer, metadata["max_length"], metadata["tokenizer"])
     model = load_reward_model(source.path, tokenizer.pad_token_id, config.seed, script.dropout)
     longest = getattr(model.config, "max_position_embeddings", math.inf)
     if metadata["max_length"] > longest:
         raise InputError(
-            f"{script.data}: has up to {metadata['max_length']} tokens, but {script.model} takes {longest}"
+            f"{data_name(script)}: has up to {metadata['max_length']} tokens, but {script.model} takes {longest}"
         )
     model.config.reward_max_length = metadata["max_length"]
     if DEVICE.type == "cpu":
@@ -469,20 +548,16 @@ def build_trainer(
         if not config.report_to:
             raise
         raise InputError(f"--report_to {' '.join(config.report_to)}: {first_line(error)}") from error
-    return trainer, source
+    return trainer
 
 
 def train(trainer: PairTrainer, settings: dict[str, Any], fresh: bool) -> Watch:
     """Run or resume the training; ends the process with exit code 130 when it was interrupted."""
-    checkpoints, first = Path(trainer.args.output_dir), trainer.is_world_process_zero()
-    checkpoint = trainer.args.resume_from_checkpoint
+    first, checkpoint = trainer.is_world_process_zero(), trainer.args.resume_from_checkpoint
     if checkpoint and not is_complete(Path(checkpoint)):
         raise InputError(f"{checkpoint}: not a complete checkpoint; name a checkpoint-N directory")
     if not checkpoint:
-        if first:
-            prepare_checkpoints(checkpoints, settings, IGNORED_ON_RESUME, fresh)
-        trainer.accelerator.wait_for_everyone()
-        checkpoint = last_checkpoint(checkpoints)
+        checkpoint = checkpoint_to_resume(Path(trainer.args.output_dir), settings, IGNORED_ON_RESUME, fresh)
     if checkpoint and first:
         print(f"Resuming from {checkpoint} (--fresh starts over).")
     with stop_requests() as stop_requested:
@@ -505,8 +580,9 @@ def run_figures(trainer: PairTrainer, watch: Watch) -> dict[str, Any]:
     evaluated = {entry["step"] for entry in state.log_history if "eval_pair_accuracy" in entry}
     saved = {step for step in evaluated if step % config.save_steps == 0 or step == state.max_steps}
     pairs_per_update = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
+    seen = state.global_step * pairs_per_update
     return {
-        "train_pairs": len(trainer.train_dataset),
+        "train_pairs": seen if isinstance(trainer.train_dataset, IterableDataset) else len(trainer.train_dataset),
         "train_pairs_per_second": watch.updates * pairs_per_update / watch.seconds if watch.seconds else None,
         "train_seconds": watch.seconds,
         "updates": state.global_step,
@@ -549,28 +625,35 @@ def finish(
     trainer: PairTrainer,
     watch: Watch,
     pairs: Dataset,
+    name: str,
     source: ModelSource,
     settings: dict,
     metadata: dict,
     output: Path,
 ) -> dict[str, Any] | None:
-    """Save, evaluate what was saved on the whole validation split, publish; the first process returns the metrics."""
-    staging = output / ".new"
-    if trainer.is_world_process_zero():
+    """Save, evaluate what was saved on the whole validation split, publish; the first process returns the metrics.
+
+    Every process takes its part in saving and in evaluating; the first one writes.
+    """
+    staging, first, wait = output / ".new", trainer.is_world_process_zero(), trainer.accelerator.wait_for_everyone
+    if first:
         shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
-    trainer.accelerator.wait_for_everyone()
-    trainer.save_model(str(staging))
-    if not trainer.is_world_process_zero():
-        return None
+    wait()
     try:
-        if settings["use_peft"]:
+        trainer.save_model(str(staging))
+        if first and settings["use_peft"]:
             save_merged(trainer, source, staging)
-        columns, _ = score_pairs(RewardModelEvaluator(str(staging), mixed_precision=True), pairs, settings["data"])
+        wait()
+        evaluator = RewardModelEvaluator(str(staging), device=str(trainer.accelerator.device), mixed_precision=True)
+        columns = score_together(evaluator, pairs, name)
+        if not first:
+            return None
         metrics = {**pair_metrics(columns), "source": metadata["source"], **run_figures(trainer, watch)}
         write_results(staging, columns, metrics, settings, metadata, trainer.state.log_history)
         publish(staging, output)
     finally:
-        shutil.rmtree(staging, ignore_errors=True)
+        if first:
+            shutil.rmtree(staging, ignore_errors=True)
     return metrics
 
 
@@ -585,12 +668,14 @@ def main() -> None:
     output = Path(config.output_dir)
     config.output_dir = str(output / "checkpoints")
     claim_output(output, script.model)
-    splits, metadata = load_processed(script.data)
-    trainer, source = build_trainer(script, config, lora, splits, metadata)
+    prepared = None if script.streaming else load_processed(script.data)
+    source = find_model(script, config)
+    splits, metadata = prepared or open_stream(script, config, source)
+    trainer = build_trainer(script, config, lora, splits, metadata, source)
     settings = run_settings(script, config, lora, metadata, source.origin)
     watch = train(trainer, settings, script.fresh)
-    pairs = processed_pairs(splits, script.data, "validation")
-    metrics = finish(trainer, watch, pairs, source, settings, metadata, output)
+    pairs = processed_pairs(splits, data_name(script), "validation")
+    metrics = finish(trainer, watch, pairs, data_name(script), source, settings, metadata, output)
     if metrics:
         (output / "checkpoints" / "finished").touch()
         print(report(metrics, output))

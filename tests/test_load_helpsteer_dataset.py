@@ -193,6 +193,7 @@ def test_hub_layout_with_its_splits(tmp_path):
     path = hub_layout(tmp_path / "repo", {"helpfulness_split": [other], "average_rating_split": [HUB_PAIR]})
     assert [row["prompt"] for row in rows_of(path)] == ["Name a colour."]
     assert [row["prompt"] for row in rows_of(path, "helpfulness_split")] == ["other"]
+    assert [row.values["prompt"] for row in lhd.open_source(path, "helpfulness_split", True).rows] == ["other"]
     with pytest.raises(InputError, match="choose one of its splits"):
         lhd.open_source(path, "no_such_split")
 
@@ -457,3 +458,53 @@ def test_the_sample_keeps_its_promises():
     for row in rows:
         for rating in (row["chosen_rating"], row["rejected_rating"]):
             assert 0 <= rating <= 4 and round(rating * 5, 6) == round(rating * 5)
+
+
+# --- streams ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_sides_of_a_stream_share_no_prompt_and_are_all_pairs(write_jsonl):
+    rows = [{**pair, "prompt": f"Prompt {number // 2}"} for number, pair in enumerate(make_pairs(400))]
+    source = write_jsonl([*rows, {"prompt": "no answers"}])
+
+    def sides(seed):
+        return [[json.dumps(pair) for pair in lhd.stream_pairs(source, None, seed, side)] for side in (False, True)]
+
+    train, validation = sides(42)
+    assert len(train) + len(validation) == 400
+    prompts = [{str(json.loads(pair)["prompt"]) for pair in side} for side in (train, validation)]
+    assert not prompts[0] & prompts[1]
+    assert 20 < len(prompts[1]) < 60  # 200 prompts, a fifth of them expected, standard deviation 6
+    assert sides(42)[1] == validation != sides(43)[1]
+
+
+def test_a_stream_of_ids_is_endless_and_leaves_out_what_teaches_nothing(write_jsonl, tiny_model, tokenizer):
+    start = "word " * 100
+    same = [{"prompt": f"Go {number}", "chosen": f"{start}yes", "rejected": f"{start}no"} for number in range(9)]
+    source = write_jsonl([*same, *make_pairs(20)])
+    splits, metadata = lhd.stream_processed(source, None, lhd.resolve_model(tiny_model), 64, 2, 42)
+    assert metadata["max_length"] == 64 and len(splits["validation"]) == 2
+    training = list(lhd.stream_pairs(source, None, 42, validation=False))
+    differing = [pair for pair in training if not pair["chosen"].startswith(start)]
+    assert len(differing) < len(training)
+    known = [tuple(encode(tokenizer, pair["prompt"], pair["chosen"], 64)) for pair in differing]
+    drawn = [[tuple(row["chosen_ids"]) for row in splits["train"].take(3 * len(known))] for _ in range(2)]
+    assert drawn[0] == drawn[1]
+    first = drawn[0][: len(known)]
+    assert sorted(first) == sorted(known) and first != known
+    assert {drawn[0].count(ids) for ids in known} == {3}
+
+
+def test_streams_without_usable_pairs_are_named(write_jsonl, tiny_model):
+    keys = [lhd.pair_keys(lhd.check_pair(pair))["prompt_key"] for pair in make_pairs(50)]
+    held_out = [pair for pair, key in zip(make_pairs(50), keys, strict=True) if lhd.is_validation_prompt(key, seed=42)]
+    for side, rows in {"validation": [{"prompt": "no answers"}], "training": held_out}.items():
+        with pytest.raises(InputError, match=f"no usable {side} pair"):
+            lhd.stream_processed(write_jsonl(rows), None, lhd.resolve_model(tiny_model), 64, 2, 42)
+
+
+def test_only_the_first_of_several_processes_prepares(monkeypatch, tmp_path, write_jsonl, tiny_model):
+    source = write_jsonl(make_pairs(10))
+    monkeypatch.setenv("RANK", "1")
+    run_main(lhd, monkeypatch, "--source", source, "--model", tiny_model, "--output", tmp_path / "data")
+    assert not (tmp_path / "data").exists()

@@ -2,7 +2,9 @@ import json
 import math
 import re
 import signal
+from types import SimpleNamespace
 
+import datasets
 import pytest
 import torch
 from conftest import make_pairs, run_main
@@ -141,6 +143,10 @@ def test_every_trl_field_is_a_flag(tmp_path):
         ["--lora_task_type", "CAUSAL_LM", "--use_peft"],
         ["--max_length", "512"],
         ["--chat_template_path", "x"],
+        ["--streaming", "x"],
+        ["--split", "x"],
+        ["--streaming", "x", "--max_steps", "9", "--train_half", "1"],
+        ["--streaming", "x", "--max_steps", "9", "--max_length", "8"],
     ],
 )
 def test_bad_flags_are_usage_errors(arguments, capsys):
@@ -155,6 +161,31 @@ def test_a_missing_config_file_is_named(capsys):
         trm.parse_settings(["--config", "nope.yaml"])
     assert ended.value.code == 2
     assert "nope.yaml" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "processes, given, batch, accumulation",
+    [
+        (1, (4, 2), 4, 2),
+        (2, (4, 2), 4, 1),
+        (4, (4, 2), 2, 1),
+        (8, (4, 2), 1, 1),
+        (8, (4, 3), 4, 3),
+        (3, (16, 2), 16, 2),
+    ],
+)
+def test_the_pairs_of_an_update_are_shared(monkeypatch, processes, given, batch, accumulation):
+    monkeypatch.setattr(trm, "PER_DEVICE_TRAIN_BATCH_SIZE", 4)
+    monkeypatch.setattr(trm, "GRADIENT_ACCUMULATION_STEPS", 2)
+    config = SimpleNamespace(
+        per_device_train_batch_size=given[0], gradient_accumulation_steps=given[1], world_size=processes
+    )
+    trm.share_update(config)
+    assert (config.per_device_train_batch_size, config.gradient_accumulation_steps) == (batch, accumulation)
+    if given == (4, 2):
+        config.world_size, config.per_device_train_batch_size, config.gradient_accumulation_steps = 3, 4, 2
+        with pytest.raises(InputError, match="8 pairs of an update can not be divided among 3 processes"):
+            trm.share_update(config)
 
 
 @pytest.mark.parametrize(
@@ -471,6 +502,29 @@ def test_data_of_another_version_is_named(train, processed):
         train()
 
 
+# --- streams ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_stream_trains_and_goes_on_without_prepared_data(train, stop_after, write_jsonl, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    source = write_jsonl(make_pairs(30), "stream.jsonl")
+    flags = ("--streaming", source, "--max_length", "64", "--max_steps", "6", "--max_eval_samples", "3")
+    flags = (*flags, "--data", tmp_path / "nowhere", *SMALL, "--eval_steps", "2", "--save_steps", "2")
+    whole = train(*flags, output="whole")
+    metrics = json.loads((whole / "metrics.json").read_text())
+    assert (metrics["n"], metrics["train_pairs"], metrics["updates"]) == (3, 48, 6)  # 48 of fewer than 30: two passes
+    assert metrics["source"] == f"stream of local file {source}"
+    assert "stream.jsonl" in (whole / "rewards.csv").read_text()
+    stop_after(3)
+    with pytest.raises(SystemExit):
+        train(*flags, output="stopped")
+    stop_after(None)
+    assert same_weights(whole, train(*flags, output="stopped"))
+    assert not any(path.stat().st_size for path in (tmp_path / "cache").rglob("*") if path.is_file())
+    with pytest.raises(SystemExit, match="no such file"):
+        train(*flags, "--streaming", tmp_path / "nothing.jsonl", output="whole")
+
+
 # --- LoRA and other architectures ------------------------------------------------------------------------------------
 
 
@@ -503,7 +557,8 @@ def test_a_lora_model_is_merged_and_scores_as_before_saving(train, processed, mo
 def test_lora_trains_adapters_and_head_alone(tiny_model, processed, tmp_path):
     arguments = ["--model", tiny_model, "--output_dir", str(tmp_path), "--bf16", "false", "--use_peft"]
     script, config, lora = trm.parse_settings(arguments)
-    trainer, _ = trm.build_trainer(script, config, lora, *trm.load_processed(processed))
+    source = trm.find_model(script, config)
+    trainer = trm.build_trainer(script, config, lora, *trm.load_processed(processed), source)
     trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     assert all("lora_" in name or "score" in name for name in trained)
     assert any("score" in name for name in trained) and any("down_proj.lora_A" in name for name in trained)
