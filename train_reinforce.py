@@ -76,7 +76,7 @@ EVALUATION_PROMPTS = 256  # of the validation split
 MAX_NEW_TOKENS = 48 if ON_MPS else 64  # tokens of a completion
 TEMPERATURE = 1.0  # of sampling and of all log-probabilities
 # optimisation
-STEPS = 100  # updates
+STEPS = 50  # updates
 COMPLETIONS_PER_STEP = 32  # of all processes together, one for each prompt
 MICRO_BATCH_SIZE = 8  # completions per forward and backward pass
 LEARNING_RATE = 2e-5  # constant after the warm-up
