@@ -33,6 +33,7 @@ import transformers
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from accelerate.utils.environment import get_int_from_env
+from filelock import FileLock, Timeout
 from huggingface_hub.errors import DisabledRepoError, HFValidationError, RepositoryNotFoundError
 from tokenizers import AddedToken
 from transformers import (
@@ -134,6 +135,33 @@ def close_process_group() -> None:
 
 
 @contextlib.contextmanager
+def sole_writer(target: Path, lock_file: Path):
+    """Keep other processes from writing `target` until the block ends; a process that dies keeps nobody out.
+
+    Args:
+        lock_file: stands for the right to write; missing directories are made.
+
+    Raises:
+        InputError: another process is writing, or the place can not be written.
+    """
+    lock = FileLock(lock_file, blocking=False)
+    try:
+        lock_file.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout as error:
+        raise InputError(
+            f"{target}: another run is writing it; wait for its end or choose another directory"
+        ) from error
+    except OSError as error:
+        raise InputError(f"{target}: can not be written ({first_line(error)})") from error
+    try:
+        yield
+    finally:
+        lock_file.unlink(missing_ok=True)  # while it is held, so that nobody's lock is deleted
+        lock.release()
+
+
+@contextlib.contextmanager
 def replace_directory(target: str | Path, marker: str):
     """Yield a temporary sibling to fill; it takes the place of `target` only when the block ends without an error.
 
@@ -142,32 +170,33 @@ def replace_directory(target: str | Path, marker: str):
         marker: a file that every directory of this kind has; one without it is somebody else's and left alone.
 
     Raises:
-        InputError: not writable, or `target` holds files but no marker.
+        InputError: not writable, another process is writing it, or `target` holds files but no marker.
     """
     target = Path(target).absolute()
     temporary, old = target.with_name(f".{target.name}.tmp"), target.with_name(f".{target.name}.old")
-    try:
-        if old.exists() and not target.exists():
-            old.rename(target)  # a process was killed between the two renames below
-        if target.exists() and not (target / marker).exists() and (not target.is_dir() or any(target.iterdir())):
-            raise InputError(f"{target}: holds other files and would be replaced; choose another directory")
-        for leftover in (temporary, old):
-            shutil.rmtree(leftover, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"{target}: can not be written ({first_line(error)})") from error
-    try:
-        yield temporary
-        if target.exists():
-            target.rename(old)
+    with sole_writer(target, target.with_name(f".{target.name}.lock")):
         try:
-            temporary.rename(target)
-        except OSError:
-            old.rename(target)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+            if old.exists() and not target.exists():
+                old.rename(target)  # a process was killed between the two renames below
+            if target.exists() and not (target / marker).exists() and (not target.is_dir() or any(target.iterdir())):
+                raise InputError(f"{target}: holds other files and would be replaced; choose another directory")
+            for leftover in (temporary, old):
+                shutil.rmtree(leftover, ignore_errors=True)
+            temporary.mkdir()
+        except OSError as error:
+            raise InputError(f"{target}: can not be written ({first_line(error)})") from error
+        try:
+            yield temporary
+            if target.exists():
+                target.rename(old)
+            try:
+                temporary.rename(target)
+            except OSError:
+                old.rename(target)
+                raise
+            shutil.rmtree(old, ignore_errors=True)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
 
 
 @contextlib.contextmanager

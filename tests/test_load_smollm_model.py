@@ -1,3 +1,5 @@
+import subprocess
+import sys
 import threading
 
 import huggingface_hub
@@ -334,6 +336,51 @@ def test_a_killed_exchange_is_mended(tmp_path):
     with pytest.raises(RuntimeError), lsm.replace_directory(tmp_path / "result", "mark"):
         raise RuntimeError
     assert (tmp_path / "result" / "mark").read_text() == "first"
+
+
+def test_a_directory_has_one_writer(tmp_path):
+    target = tmp_path / "deep" / "result"
+    with lsm.replace_directory(target, "mark") as directory:
+        (directory / "mark").write_text("first")
+        with pytest.raises(lsm.InputError, match="result: another run is writing it"):
+            lsm.replace_directory(target, "mark").__enter__()
+        assert (directory / "mark").read_text() == "first"
+        with lsm.replace_directory(target.with_name("other"), "mark"):
+            pass  # another directory is no obstacle
+    with lsm.replace_directory(target, "mark") as directory:
+        (directory / "mark").write_text("second")
+    assert (target / "mark").read_text() == "second"
+    assert sorted(path.name for path in target.parent.iterdir()) == ["other", "result"]
+
+
+HOLD_A_LOCK = """
+import sys, time
+from pathlib import Path
+from load_smollm_model import sole_writer
+
+with sole_writer(Path(sys.argv[1]), Path(sys.argv[1]) / ".lock"):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_killed_process_keeps_nobody_out(tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD_A_LOCK, tmp_path],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=lsm.Path(lsm.__file__).parent,
+    )
+    try:
+        assert process.stdout.readline() == "held\n"
+        with pytest.raises(lsm.InputError, match="another run"), lsm.sole_writer(tmp_path, tmp_path / ".lock"):
+            pass
+    finally:
+        process.kill()
+        process.wait()
+    with lsm.sole_writer(tmp_path, tmp_path / ".lock"):
+        pass
+    assert not list(tmp_path.iterdir())
 
 
 def test_text_is_written_whole_and_directories_are_made(tmp_path):
