@@ -91,6 +91,7 @@ PAIR_FEATURES = Features(
         "rejected": Value("string"),
         "chosen_rating": Value("float64"),
         "rejected_rating": Value("float64"),
+        "place": Value("string"),
         "prompt_key": Value("int64"),
         "pair_key": Value("int64"),
         "swapped": Value("bool"),
@@ -445,7 +446,7 @@ def write_pairs(sources: list[Source], path: Path, tally: Tally) -> Dataset:
         for row, pair, reason in tqdm(pairs, desc=f"Reading {source.name}", unit=" pairs"):
             tally.pairs += 1
             if pair:
-                writer.write({**pair, **pair_keys(pair)})
+                writer.write({**pair, **pair_keys(pair), "place": row.location})
             else:
                 tally.drop(reason, location=row.location)
     if tally.dropped.total() == tally.pairs:
@@ -569,11 +570,11 @@ def is_validation_prompt(prompt_key: int, seed: int) -> bool:
 
 def stream_pairs(source: str, split: str | None, seed: int, validation: bool) -> Iterator[dict[str, Any]]:
     """Usable pairs of the training or of the validation side, with their keys, from the source's beginning on."""
-    for _, pair, _ in checked_pairs(open_source(source, split, streaming=True).rows):
+    for row, pair, _ in checked_pairs(open_source(source, split, streaming=True).rows):
         if pair:
             keys = pair_keys(pair)
             if is_validation_prompt(keys["prompt_key"], seed) == validation:
-                yield {**pair, **keys}
+                yield {**pair, **keys, "place": row.location}
 
 
 def stream_ids(source: str, split: str | None, tokenizer, max_length: int, seed: int) -> IterableDataset:
@@ -790,7 +791,8 @@ def load_processed(directory: str) -> tuple[DatasetDict, dict[str, Any]]:
         splits = load_from_disk(directory)
     except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
         raise InputError(f"{directory}: no complete dataset here; run load_helpsteer_dataset.py first") from error
-    if not metadata.keys() >= {"source", "digest", "seed", "max_length", "tokenizer"}:
+    known = metadata.keys() >= {"source", "digest", "seed", "max_length", "tokenizer"}
+    if not known or any("place" not in split.column_names for split in splits.values()):
         raise InputError(f"{directory}: made by another version of load_helpsteer_dataset.py; run it again")
     return splits, metadata
 

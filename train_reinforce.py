@@ -62,7 +62,7 @@ from load_smollm_model import (
     write_text,
 )
 from reward_model_demo import MODEL_PATH, RewardModelEvaluator, bootstrap_interval, wins
-from train_reward_model import checkpoint_to_resume, claim_output, publish, stop_requests
+from train_reward_model import checkpoint_to_resume, claim_output, held_output, publish, stop_requests
 
 DEVICE = pick_device()
 ON_MPS = DEVICE.type == "mps"  # where data and reward model are shorter by default
@@ -974,7 +974,7 @@ def train(run: Run, output: Path, state: dict[str, Any]) -> list[dict[str, Any]]
     if first:
         write_text(checkpoints / "metrics.jsonl", json_lines(log))
         for leftover in checkpoints.glob(".checkpoint-*"):  # of a run that was killed
-            shutil.rmtree(leftover)
+            shutil.rmtree(leftover, ignore_errors=True)
     drawn = batches(run.prompts, settings.completions_per_step, settings.seed)
     steps = range(state["step"] + 1, settings.steps + 1)
     bar = tqdm(initial=state["step"], total=settings.steps, desc="REINFORCE", unit=" updates", disable=not first)
@@ -1073,13 +1073,13 @@ def claim(settings: Settings) -> Path:
     return output
 
 
-def open_run(settings: Settings, output: Path) -> tuple[Run, dict[str, Any], dict[str, Any]]:
+def open_run(
+    settings: Settings, accelerator: Accelerator, splits: DatasetDict, metadata: dict[str, Any], output: Path
+) -> tuple[Run, dict[str, Any], dict[str, Any]]:
     """A new run, or the unfinished one with these settings; its state after the last checkpoint; all its settings.
 
     Nothing of an earlier run is touched before everything was found and loaded.
     """
-    splits, metadata = load_processed(settings.data)
-    accelerator = build_accelerator(settings)
     with accelerator.main_process_first():
         source = resolve_model(settings.model)
     resolved = run_settings(settings, metadata, source.origin, accelerator.num_processes)
@@ -1100,14 +1100,17 @@ def open_run(settings: Settings, output: Path) -> tuple[Run, dict[str, Any], dic
 def main() -> None:
     settings = parse_settings()
     output = claim(settings)
-    run, state, resolved = open_run(settings, output)
-    log = train(run, output, state)
-    results = finish(run, log, resolved, output)
-    if results:
-        (output / "checkpoints" / "finished").touch()
-        print(report(results, output))
-    for tracker in run.accelerator.trackers:
-        tracker.finish()
+    splits, metadata = load_processed(settings.data)
+    accelerator = build_accelerator(settings)
+    with held_output(output):
+        run, state, resolved = open_run(settings, accelerator, splits, metadata, output)
+        log = train(run, output, state)
+        results = finish(run, log, resolved, output)
+        if results:
+            (output / "checkpoints" / "finished").touch()
+            print(report(results, output))
+        for tracker in accelerator.trackers:
+            tracker.finish()
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from peft import PeftModel
 from transformers import EvalPrediction, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 from trl import ModelConfig, RewardConfig, RewardTrainer, TrlParser, get_peft_config
+from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from conversations import MIN_MAX_LENGTH, encode_batch
 from evaluate_reward_model import (
@@ -71,6 +72,7 @@ from load_smollm_model import (
     resolve_model,
     run_script,
     share_prefixes,
+    sole_writer,
     write_text,
 )
 from reward_model_demo import MODEL_PATH, RewardModelEvaluator, wins
@@ -120,6 +122,7 @@ UNSUPPORTED = {
     "lora_task_type": "a reward model is a sequence classifier",
 }
 
+LOCK = ".lock"  # in the output directory while a run writes there
 MIN_WARMUP_UPDATES = 20  # shorter runs start at the full learning rate
 
 # Settings that do not change the result: a checkpoint may be continued under others.
@@ -188,8 +191,61 @@ def default_config() -> dict[str, Any]:
     }
 
 
+class RowCollator(DataCollatorForPreference):
+    """TRL's collator; a batch also says which rows it is made of, where the pairs have a column `row`."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        batch = super().torch_call(examples)
+        if "row" in examples[0]:
+            batch["row"] = torch.tensor([example["row"] for example in examples])
+        return batch
+
+
 class PairTrainer(RewardTrainer):
-    """`RewardTrainer` whose evaluation keeps the rewards of every pair: each counts once, ties count half."""
+    """`RewardTrainer` that stops at a loss or gradient that is not finite and names the rows.
+
+    Its evaluation keeps the rewards of every pair: each counts once, ties count half.
+    """
+
+    def _set_signature_columns_if_needed(self):
+        super()._set_signature_columns_if_needed()
+        if "row" not in self._signature_columns:
+            self._signature_columns.append("row")  # would be dropped from the batches otherwise
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        rows = inputs.pop("row", None)
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        # The same answer in all processes, so that all of them stop.
+        if not self.accelerator.gather(loss.detach()).isfinite().all():
+            failed = [] if loss.isfinite() or rows is None else rows.tolist()
+            self.refuse("loss", gather_object(failed))
+        return (loss, outputs) if return_outputs else loss
+
+    def _get_grad_norm(self, model, grad_norm=None):
+        # Called before the weights are changed. In fp16 gradients overflow now and then, and such updates are skipped.
+        norm = super()._get_grad_norm(model, grad_norm)
+        if norm is not None and not math.isfinite(norm) and not self.args.fp16:
+            self.refuse("gradient", [])
+        return norm
+
+    def refuse(self, figure: str, rows: list[int]) -> NoReturn:
+        """Stop the run before it spoils the weights.
+
+        Args:
+            figure: what is not finite.
+            rows: of the training or validation pairs, counted from 0; only those of the batch concerned.
+
+        Raises:
+            InputError: always.
+        """
+        training, update = self.model.training, self.state.global_step
+        split, pairs = ("train", self.train_dataset) if training else ("validation", self.eval_dataset)
+        places = dict(zip(pairs["row"], pairs["place"], strict=True)) if rows else {}
+        batch = ", ".join(f"{split} row {row + 1} ({places[row]})" for row in rows)
+        raise InputError(
+            f"update {update + training}: the {figure} is not finite{' at ' if batch else ''}{batch}; "
+            "the last checkpoint is kept; start over (--fresh) with a lower --learning_rate or without such pairs"
+        )
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         inputs = self._prepare_inputs(inputs)
@@ -434,8 +490,21 @@ def claim_output(output: Path, base_model: str) -> None:
     """
     if output.exists() and Path(base_model).exists() and output.samefile(base_model):
         raise InputError(f"{output}: is the base model, which would be overwritten; choose another --output_dir")
-    if output.exists() and not (output.is_dir() and (not any(output.iterdir()) or (output / "checkpoints").is_dir())):
+    ours = output.is_dir() and ((output / "checkpoints").is_dir() or {each.name for each in output.iterdir()} <= {LOCK})
+    if output.exists() and not ours:
         raise InputError(f"{output}: holds other files, which a model would overwrite; choose another --output_dir")
+
+
+@contextlib.contextmanager
+def held_output(output: Path) -> Iterator[None]:
+    """Keep other runs out of a directory of results until the block ends; the first process does it for all.
+
+    Raises:
+        InputError: in all processes, when another run is writing there or the directory can not be written.
+    """
+    with contextlib.ExitStack() as held:
+        decided_by_first(lambda: held.enter_context(sole_writer(output, output / LOCK)))
+        yield
 
 
 # --- results ---------------------------------------------------------------------------------------------------------
@@ -498,6 +567,11 @@ def pick_train_pairs(script: ScriptArguments, seed: int, pairs: Dataset, data_se
     return pairs.select(draw(len(pairs), script.max_train_samples, seed))
 
 
+def with_rows(pairs: Dataset) -> Dataset:
+    """The pairs with their numbers, which `PairTrainer` names."""
+    return pairs.add_column("row", np.arange(len(pairs)))
+
+
 def find_model(script: ScriptArguments, config: RewardConfig) -> ModelSource:
     """The base model; the first process of a machine looks for it, and converts it if need be, before the others."""
     with config.main_process_first(desc="finding the model"):
@@ -515,10 +589,10 @@ def build_trainer(
     """Trainer over the drawn pairs, or over the stream, with a fresh reward model."""
     if DEVICE.type == "cpu":
         keep_freed_memory()
-    train_pairs = splits["train"]
+    train_pairs, eval_pairs = splits["train"], with_rows(splits["validation"])
     if not script.streaming:
-        train_pairs = pick_train_pairs(script, config.seed, train_pairs, metadata["seed"])
-    eval_pairs = splits["validation"].select(draw(len(splits["validation"]), script.max_eval_samples, config.seed))
+        train_pairs = pick_train_pairs(script, config.seed, with_rows(train_pairs), metadata["seed"])
+    eval_pairs = eval_pairs.select(draw(len(eval_pairs), script.max_eval_samples, config.seed))
     share_update(config)
     fit_rhythm(config, 0 if script.streaming else len(train_pairs))
     tokenizer = load_tokenizer(source.path)
@@ -536,6 +610,7 @@ def build_trainer(
         trainer = PairTrainer(
             model=model,
             args=config,
+            data_collator=RowCollator(tokenizer.pad_token_id, config.pad_to_multiple_of),
             train_dataset=train_pairs,
             eval_dataset=eval_pairs,
             processing_class=tokenizer,
@@ -669,16 +744,17 @@ def main() -> None:
     config.output_dir = str(output / "checkpoints")
     claim_output(output, script.model)
     prepared = None if script.streaming else load_processed(script.data)
-    source = find_model(script, config)
-    splits, metadata = prepared or open_stream(script, config, source)
-    trainer = build_trainer(script, config, lora, splits, metadata, source)
-    settings = run_settings(script, config, lora, metadata, source.origin)
-    watch = train(trainer, settings, script.fresh)
-    pairs = processed_pairs(splits, data_name(script), "validation")
-    metrics = finish(trainer, watch, pairs, data_name(script), source, settings, metadata, output)
-    if metrics:
-        (output / "checkpoints" / "finished").touch()
-        print(report(metrics, output))
+    with held_output(output):
+        source = find_model(script, config)
+        splits, metadata = prepared or open_stream(script, config, source)
+        trainer = build_trainer(script, config, lora, splits, metadata, source)
+        settings = run_settings(script, config, lora, metadata, source.origin)
+        watch = train(trainer, settings, script.fresh)
+        pairs = processed_pairs(splits, data_name(script), "validation")
+        metrics = finish(trainer, watch, pairs, data_name(script), source, settings, metadata, output)
+        if metrics:
+            (output / "checkpoints" / "finished").touch()
+            print(report(metrics, output))
 
 
 if __name__ == "__main__":

@@ -344,7 +344,8 @@ def test_from_rows_to_disk(monkeypatch, tmp_path, tiny_model, write_jsonl, capsy
     assert metadata["source"] == f"local file {first} + local file {second}"
     assert metadata["longer_wins"]["train"] == 0
     assert splits["train"].column_names == [
-        "prompt", "chosen", "rejected", "chosen_rating", "rejected_rating", "chosen_ids", "rejected_ids", "length",
+        "prompt", "chosen", "rejected", "chosen_rating", "rejected_rating", "place", "chosen_ids", "rejected_ids",
+        "length",
     ]  # fmt: skip
     for row in splits["validation"]:
         assert row["chosen_ids"] == encode(tokenizer, row["prompt"], row["chosen"], 64)

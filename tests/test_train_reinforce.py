@@ -697,6 +697,13 @@ def test_files_of_others_are_left_alone(reinforce, tmp_path):
     assert [path.name for path in (tmp_path / "policy").iterdir()] == ["thesis.txt"]
 
 
+def test_a_second_run_into_one_directory_is_refused(reinforce, tmp_path):
+    with tr.held_output(tmp_path / "policy"), pytest.raises(SystemExit) as ended:
+        reinforce()
+    assert "policy: another run is writing it" in str(ended.value.code)
+    assert not list((tmp_path / "policy").iterdir())
+
+
 def test_the_variance_of_the_gradient_is_measured_on_a_finished_run(reinforce, monkeypatch, tmp_path, capsys):
     output = reinforce()
     run_main(gradient_variance, monkeypatch, output, "--rollouts", "3", "--output", tmp_path / "variance.json")

@@ -1,6 +1,7 @@
 import json
 import math
 import re
+import shutil
 import signal
 from types import SimpleNamespace
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from conftest import make_pairs, run_main
 from datasets import Dataset, load_from_disk
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch.nn.functional import logsigmoid
 from transformers import (
     AutoModel,
@@ -101,6 +102,53 @@ def test_a_tiny_model_overfits_eight_pairs(tiny_model, tmp_path):
     after = trainer.evaluate()
     assert after["eval_pair_accuracy"] == 1.0
     assert after["eval_loss"] < before["eval_loss"] / 2
+
+
+def with_a_poisoned_token(tiny_model, directory, text):
+    """A copy of the model that returns NaN wherever `text`, one token, occurs."""
+    shutil.copytree(tiny_model, directory)
+    (token,) = load_tokenizer(tiny_model)(text)["input_ids"]
+    tensors = load_file(directory / "model.safetensors")
+    tensors["model.embed_tokens.weight"][token] = math.inf
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    return str(directory)
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_batch(
+    train, processed, tiny_model, tmp_path, monkeypatch, write_jsonl, split
+):
+    before = weights(train(*SMALL))
+    pairs = make_pairs(40)
+    place = load_from_disk(processed)[split]["place"][3]
+    poisoned = pairs[int(place.split()[-1]) - 1]
+    poisoned["rejected"] = f"# {poisoned['rejected']}"
+    source = write_jsonl(pairs, "easy.jsonl")
+    run_main(
+        load_helpsteer_dataset, monkeypatch, "--source", source, "--model", tiny_model, "--output", processed,
+        "--max_length", "64",
+    )  # fmt: skip
+    assert load_from_disk(processed)[split]["place"][3] == place
+    base = with_a_poisoned_token(tiny_model, tmp_path / "poisoned", "#")
+    with pytest.raises(SystemExit, match="the loss is not finite") as ended:
+        train(*SMALL, "--model", base, "--eval_steps", "1", "--save_steps", "1")
+    named = re.findall(rf"{split} row (\d+) \((.*?)\)", str(ended.value.code))
+    assert ("4", place) in named and len(named) == {"train": 4, "validation": 8}[split]
+    places = load_from_disk(processed)[split]["place"]
+    assert all(places[int(row) - 1] == where for row, where in named)
+    update = int(re.search(r"update (\d+):", str(ended.value.code))[1])
+    steps = sorted(int(path.name.split("-")[1]) for path in (tmp_path / "reward" / "checkpoints").glob("checkpoint-*"))
+    assert update == {"train": 4, "validation": 1}[split] and steps[-1:] == {"train": [3], "validation": []}[split]
+    assert all(torch.equal(before[name], tensor) for name, tensor in weights(tmp_path / "reward").items())
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update(tiny_model, tmp_path):
+    trainer, _ = make_trainer(tiny_model, tmp_path, make_pairs(8), max_steps=2)
+    before = {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+    trainer.model.score.weight.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(InputError, match="update 1: the gradient is not finite; the last checkpoint is kept"):
+        trainer.train()
+    assert all(torch.equal(before[name], parameter) for name, parameter in trainer.model.named_parameters())
 
 
 # --- settings --------------------------------------------------------------------------------------------------------
@@ -338,6 +386,15 @@ def test_directories_of_others_are_left_alone(train, tmp_path, name):
     with pytest.raises(SystemExit, match="holds other files"):
         train()
     assert [path.name for path in (tmp_path / "reward").iterdir()] == [name]
+
+
+def test_a_second_run_into_one_directory_is_refused(train, tmp_path):
+    output = tmp_path / "reward"
+    with trm.held_output(output):
+        with pytest.raises(SystemExit, match="reward: another run is writing it"):
+            train()
+        assert [path.name for path in output.iterdir()] == [".lock"]
+    assert not list(output.iterdir())
 
 
 class PressCtrlC(TrainerCallback):
