@@ -55,6 +55,7 @@ from load_smollm_model import (
     MODEL_NAME,
     InputError,
     ModelSource,
+    check_files,
     first_line,
     hub_reachable,
     is_first_process,
@@ -63,6 +64,7 @@ from load_smollm_model import (
     replace_directory,
     resolve_model,
     run_script,
+    write_checksums,
     write_text,
 )
 
@@ -784,8 +786,9 @@ def load_processed(directory: str) -> tuple[DatasetDict, dict[str, Any]]:
     """Splits and metadata of a directory that this script wrote.
 
     Raises:
-        InputError: nothing there, not complete, or of another version.
+        InputError: nothing there, not complete, damaged, or of another version.
     """
+    check_files(directory, "run load_helpsteer_dataset.py again")
     try:
         metadata = json.loads((Path(directory) / "metadata.json").read_text(encoding="utf-8"))
         splits = load_from_disk(directory)
@@ -834,6 +837,7 @@ def main() -> None:
         write_text(directory / "metadata.json", json.dumps(metadata, indent=2, ensure_ascii=False) + "\n")
         del splits
         shutil.rmtree(work)
+        write_checksums(directory)
     print(summary(metadata))
     print(f"written to {options.output}/")
 

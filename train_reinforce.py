@@ -51,6 +51,7 @@ from load_smollm_model import (
     InputError,
     autocast,
     autocast_dtype,
+    check_files,
     first_line,
     keep_freed_memory,
     load_sft_model,
@@ -59,10 +60,18 @@ from load_smollm_model import (
     replace_directory,
     resolve_model,
     run_script,
+    write_checksums,
     write_text,
 )
 from reward_model_demo import MODEL_PATH, RewardModelEvaluator, bootstrap_interval, wins
-from train_reward_model import checkpoint_to_resume, claim_output, held_output, publish, stop_requests
+from train_reward_model import (
+    CHECKPOINT_REMEDY,
+    checkpoint_to_resume,
+    claim_output,
+    held_output,
+    publish,
+    stop_requests,
+)
 
 DEVICE = pick_device()
 ON_MPS = DEVICE.type == "mps"  # where data and reward model are shorter by default
@@ -539,6 +548,7 @@ def save_checkpoint(run: Run, directory: Path, state: dict[str, Any]) -> None:
         run.accelerator.unwrap_model(run.policy).save_pretrained(target)
         torch.save(run.optimizer.state_dict(), target / "optimizer.pt")
         write_text(target / "trainer_state.json", json.dumps(state, indent=2) + "\n")
+        write_checksums(target)
     saved = sorted(directory.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
     for old in saved[:-CHECKPOINTS_KEPT]:
         shutil.rmtree(old)
@@ -561,14 +571,13 @@ def load_checkpoint(run: Run, checkpoint: str | None) -> dict[str, Any]:
     if not checkpoint:
         return {"step": 0, "baseline": {}}
     path = Path(checkpoint)
+    check_files(path, CHECKPOINT_REMEDY)
     load_policy(run, path)
     try:
         run.optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu"))
         return json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(
-            f"{path}/optimizer.pt: damaged ({first_line(error)}); delete {path}, the one before is used then"
-        ) from error
+        raise InputError(f"{path}/optimizer.pt: damaged ({first_line(error)}); {CHECKPOINT_REMEDY}") from error
 
 
 def read_log(path: Path, steps: int) -> list[dict[str, Any]]:
@@ -1037,6 +1046,7 @@ def finish(run: Run, log: list[dict[str, Any]], settings: dict[str, Any], output
         write_text(staging / "metrics.jsonl", json_lines(log))
         write_text(staging / "samples.md", samples_table(rows))
         write_text(staging / "README.md", model_card(results, settings, log))
+        write_checksums(staging)
     publish(output / ".new", output)
     (output / ".new").rmdir()
     return results

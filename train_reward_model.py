@@ -32,6 +32,7 @@ from accelerate.utils import gather_object
 from datasets import Dataset, IterableDataset
 from matplotlib.figure import Figure
 from peft import PeftModel
+from safetensors import SafetensorError
 from transformers import EvalPrediction, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 from trl import ModelConfig, RewardConfig, RewardTrainer, TrlParser, get_peft_config
@@ -62,6 +63,7 @@ from load_smollm_model import (
     InputError,
     ModelSource,
     autocast_dtype,
+    check_files,
     decided_by_first,
     first_line,
     keep_freed_memory,
@@ -73,6 +75,7 @@ from load_smollm_model import (
     run_script,
     share_prefixes,
     sole_writer,
+    write_checksums,
     write_text,
 )
 from reward_model_demo import MODEL_PATH, RewardModelEvaluator, wins
@@ -122,6 +125,7 @@ UNSUPPORTED = {
     "lora_task_type": "a reward model is a sequence classifier",
 }
 
+CHECKPOINT_REMEDY = "delete this checkpoint, the one before it is used then, or start over by --fresh"
 LOCK = ".lock"  # in the output directory while a run writes there
 MIN_WARMUP_UPDATES = 20  # shorter runs start at the full learning rate
 
@@ -254,6 +258,24 @@ class PairTrainer(RewardTrainer):
         rewards = outputs.logits.detach().float().squeeze(-1).chunk(2)
         pairs = torch.stack(rewards, dim=1)  # (pairs, 2): chosen, rejected
         return loss.detach(), pairs, torch.zeros_like(pairs[:, 0])  # without labels no metrics would be computed
+
+    def _save_checkpoint(self, model, trial):
+        super()._save_checkpoint(model, trial)
+        self.accelerator.wait_for_everyone()
+        if self.is_world_process_zero():
+            write_checksums(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        try:
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+            raise InputError(
+                f"{resume_from_checkpoint}: damaged, or of another model ({first_line(error)}); {CHECKPOINT_REMEDY}"
+            ) from error
+
+    def _load_best_model(self):
+        check_files(self.state.best_model_checkpoint, "--fresh starts over")
+        super()._load_best_model()
 
     def _determine_best_metric(self, metrics, trial):
         # Only what is saved can be loaded again: evaluations between two checkpoints do not compete for the best.
@@ -440,9 +462,9 @@ def prepare_checkpoints(checkpoints: Path, settings: dict[str, Any], ignored: se
     Raises:
         InputError: the checkpoints there belong to an unfinished run with other settings.
     """
-    saved = checkpoints / "settings.json"
-    if saved.is_file() and last_checkpoint(checkpoints) and not fresh:
-        before, now = json.loads(saved.read_text(encoding="utf-8")), json.loads(json.dumps(settings, default=str))
+    before = None if fresh else read_settings(checkpoints)
+    if before and last_checkpoint(checkpoints):
+        now = json.loads(json.dumps(settings, default=str))
         names = sorted((before.keys() | now.keys()) - ignored)
         changed = [name for name in names if before.get(name) != now.get(name)]
         if not changed:
@@ -480,6 +502,35 @@ def is_complete(checkpoint: Path) -> bool:
     except (OSError, ValueError):
         return False
     return True
+
+
+def check_checkpoint(checkpoint: Path, settings: dict[str, Any]) -> None:
+    """Make sure that a run with these settings can continue a checkpoint that the user named.
+
+    Raises:
+        InputError: not a complete checkpoint, or one of another model or of other data.
+    """
+    if not is_complete(checkpoint):
+        raise InputError(f"{checkpoint}: not a complete checkpoint; name a checkpoint-N directory")
+    before = read_settings(checkpoint.parent) or settings
+    for name in ("base_model", "data_identity"):
+        if before.get(name) != settings[name]:
+            raise InputError(f"{checkpoint}: its {name} is {before.get(name)}, that of this run {settings[name]}")
+
+
+def read_settings(checkpoints: Path) -> dict[str, Any] | None:
+    """Settings of the run that wrote these checkpoints, if any.
+
+    Raises:
+        InputError: they can not be read.
+    """
+    path = checkpoints / "settings.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: damaged ({first_line(error)}); --fresh starts over") from error
 
 
 def claim_output(output: Path, base_model: str) -> None:
@@ -629,10 +680,12 @@ def build_trainer(
 def train(trainer: PairTrainer, settings: dict[str, Any], fresh: bool) -> Watch:
     """Run or resume the training; ends the process with exit code 130 when it was interrupted."""
     first, checkpoint = trainer.is_world_process_zero(), trainer.args.resume_from_checkpoint
-    if checkpoint and not is_complete(Path(checkpoint)):
-        raise InputError(f"{checkpoint}: not a complete checkpoint; name a checkpoint-N directory")
-    if not checkpoint:
+    if checkpoint:
+        check_checkpoint(Path(checkpoint), settings)
+    else:
         checkpoint = checkpoint_to_resume(Path(trainer.args.output_dir), settings, IGNORED_ON_RESUME, fresh)
+    if checkpoint:
+        check_files(checkpoint, CHECKPOINT_REMEDY)
     if checkpoint and first:
         print(f"Resuming from {checkpoint} (--fresh starts over).")
     with stop_requests() as stop_requested:
@@ -694,6 +747,7 @@ def write_results(
     for name, content in contents.items():
         write_text(staging / f"{name}.json", json.dumps(content, indent=2, default=str) + "\n")
     write_text(staging / "README.md", model_card(metrics, settings, metadata, ["training_curves.png", *plots]))
+    write_checksums(staging)
 
 
 def finish(

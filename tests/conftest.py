@@ -88,6 +88,25 @@ def write_jsonl(tmp_path):
     return write
 
 
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of its own; call with mount options such as `size=1m` or `remount,size=9m`."""
+    directory = tmp_path / "disk"
+    directory.mkdir()
+    mounted = []
+
+    def mount(options: str):
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", directory], capture_output=True)
+        if done.returncode:
+            pytest.skip("file systems can not be mounted here")
+        mounted.append(options)
+        return directory
+
+    yield mount
+    if mounted:
+        subprocess.run(["umount", "--lazy", directory], check=True)
+
+
 def make_pairs(count: int) -> list[dict]:
     """Easy pairs: the chosen answer names the number of the prompt, the rejected one declines."""
     return [
@@ -98,6 +117,13 @@ def make_pairs(count: int) -> list[dict]:
         }
         for number in range(count)
     ]
+
+
+def flip_a_bit(path) -> None:
+    """Damage a file so that its length and most formats do not show it."""
+    content = bytearray(Path(path).read_bytes())
+    content[-9] ^= 1
+    Path(path).write_bytes(content)
 
 
 def run_main(module, monkeypatch, *arguments) -> None:

@@ -434,6 +434,26 @@ def test_other_directories_are_not_replaced(monkeypatch, tmp_path, tiny_model, w
     assert Path(source).is_file()
 
 
+def test_a_full_disk_keeps_what_was_there(monkeypatch, small_disk, tiny_model, write_jsonl):
+    output = small_disk("size=1m") / "data"
+    arguments = ("--model", tiny_model, "--output", output, "--max_length", 64)
+    run_main(lhd, monkeypatch, "--source", write_jsonl(make_pairs(10)), *arguments)
+    with pytest.raises(SystemExit, match=r"(disk is full|can not be written).*No space left on device") as ended:
+        run_main(lhd, monkeypatch, "--source", write_jsonl(make_pairs(4000)), *arguments)
+    assert "\n" not in str(ended.value.code)
+    splits, metadata = lhd.load_processed(str(output))
+    assert metadata["splits"] == {"train": 8, "validation": 2} == {name: len(split) for name, split in splits.items()}
+    assert [path.name for path in output.parent.iterdir()] == ["data"]
+
+
+def test_output_that_can_not_be_written_is_named(monkeypatch, small_disk, tmp_path, tiny_model, write_jsonl):
+    source = write_jsonl(make_pairs(10))
+    (tmp_path / "file").write_text("")
+    for parent, reason in ((small_disk("ro"), "Read-only file system"), (tmp_path / "file", "exists|directory")):
+        with pytest.raises(SystemExit, match=rf"data: can not be written \(.*({reason})"):
+            run_main(lhd, monkeypatch, "--model", tiny_model, "--source", source, "--output", parent / "data")
+
+
 @pytest.mark.parametrize("flag", [["--max_length", "8"], ["--limit", "1"], ["--no_such_flag", "1"]])
 def test_bad_flags_are_usage_errors(monkeypatch, flag):
     with pytest.raises(SystemExit) as ended:

@@ -5,6 +5,8 @@ import threading
 import huggingface_hub
 import pytest
 import torch
+from conftest import flip_a_bit
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
@@ -288,6 +290,29 @@ def test_damaged_weights_are_named(tiny_model, tmp_path):
         lsm.load_sft_model(str(tmp_path))
 
 
+def test_flipped_bits_are_named(tiny_model, tmp_path):
+    model = lsm.Path(lsm.shutil.copytree(tiny_model, tmp_path / "model"))
+    lsm.write_checksums(model)
+    assert lsm.json.loads((model / "checksums.json").read_text()).keys() == {"model.safetensors"}
+    lsm.load_sft_model(str(model))
+    flip_a_bit(model / "model.safetensors")
+    with pytest.raises(lsm.InputError, match=r"model/model\.safetensors: damaged, .*; restore it"):
+        lsm.load_sft_model(str(model))
+    (model / "checksums.json").unlink()
+    lsm.load_sft_model(str(model))
+
+
+@pytest.mark.parametrize("content", ["[1]", "{", '{"model.safetensors": 5}', '{"../../secret.pt": "0"}'])
+def test_checksums_may_be_anything(tmp_path, content):
+    directory = tmp_path / "a" / "b"
+    directory.mkdir(parents=True)
+    for path in (directory / "model.safetensors", tmp_path / "secret.pt"):
+        path.write_text("weights")
+    (directory / "checksums.json").write_text(content)
+    with pytest.raises(lsm.InputError, match=r"(can not be read|missing|damaged).*; try again"):
+        lsm.check_files(directory, "try again")
+
+
 # --- files and errors ------------------------------------------------------------------------------------------------
 
 
@@ -397,6 +422,19 @@ def test_user_errors_are_one_line_with_exit_code_1():
     with pytest.raises(SystemExit) as ended:
         lsm.run_script(main)
     assert ended.value.code == "error: pairs.jsonl row 3: what is wrong; what to do"  # a text means exit code 1
+
+
+@pytest.mark.parametrize("save", [torch.save, save_file], ids=["torch", "safetensors"])
+def test_a_full_disk_is_one_line_with_exit_code_1(small_disk, save):
+    path = small_disk("size=1m") / "weights"
+    with pytest.raises(SystemExit, match=r"^error: the disk is full .*; make room and repeat the command$") as ended:
+        lsm.run_script(lambda: save({"weight": torch.zeros(10**6)}, path))
+    assert "\n" not in ended.value.code
+
+
+def test_other_errors_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="a bug"):
+        lsm.run_script(lambda: (_ for _ in ()).throw(RuntimeError("a bug")))
 
 
 def test_script_reports_and_answers(tiny_model, monkeypatch, capsys):

@@ -590,6 +590,10 @@ def test_a_damaged_checkpoint_is_named(reinforce, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         reinforce()
     assert "optimizer.pt: damaged" in str(ended.value.code)
+    (checkpoint / "checksums.json").unlink()
+    with pytest.raises(SystemExit) as ended:
+        reinforce()
+    assert "optimizer.pt: damaged" in str(ended.value.code)
     log = checkpoint.parent / "metrics.jsonl"
     log.write_text(log.read_text().splitlines()[0] + "\n")
     for path in checkpoint.iterdir():

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
-from conftest import make_pairs, run_main
+from conftest import flip_a_bit, make_pairs, run_main
 from datasets import Dataset, load_from_disk
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import logsigmoid
@@ -304,6 +304,10 @@ def test_a_run_leaves_everything_promised(train, processed, tiny_model, capsys):
     assert len((output / "rewards.csv").read_text().splitlines()) == 9
     assert "helpful AI assistant" not in (output / "chat_template.jinja").read_text()
     assert not list(output.glob(".*")) and not list(output.glob("*.bin"))
+    load_smollm_model.check_files(output, "")
+    flip_a_bit(output / "model.safetensors")
+    with pytest.raises(InputError, match=r"model\.safetensors: damaged"):
+        RewardModelEvaluator(str(output))
 
 
 def test_the_best_checkpoint_is_the_one_kept(train, monkeypatch):
@@ -548,6 +552,90 @@ def test_data_that_was_not_finished_is_named(train, processed, missing):
         (trm.Path(processed) / missing).unlink()
     with pytest.raises(SystemExit, match=r"run load_helpsteer_dataset\.py first"):
         train()
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, lambda path: path.write_bytes(path.read_bytes()[:-9]), trm.Path.unlink])
+def test_damaged_data_is_named(train, processed, damage):
+    (file,) = (trm.Path(processed) / "train").glob("*.arrow")
+    damage(file)
+    with pytest.raises(SystemExit, match=rf"{file.name}: (damaged|missing).*; run load_helpsteer_dataset\.py again"):
+        train()
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_used(train, stop_after, tmp_path):
+    rhythm = ("--num_train_epochs", "2", "--eval_steps", "2", "--save_steps", "2")
+    whole = train(*SMALL, *rhythm, output="whole")
+    stop_after(5)
+    with pytest.raises(SystemExit):
+        train(*SMALL, *rhythm)
+    stop_after(None)
+    last = tmp_path / "reward" / "checkpoints" / "checkpoint-6"
+    for name in ("optimizer.pt", "model.safetensors"):
+        flip_a_bit(last / name)
+        with pytest.raises(SystemExit, match=rf"checkpoint-6/{name}: damaged.*; delete this checkpoint"):
+            train(*SMALL, *rhythm)
+        flip_a_bit(last / name)  # back again
+    shutil.rmtree(last)
+    assert same_weights(whole, train(*SMALL, *rhythm))
+
+
+def test_a_damaged_best_checkpoint_is_not_published(train, monkeypatch, tmp_path):
+    before = weights(train(*SMALL))
+    accuracies = iter([0.9, 0.4])
+    monkeypatch.setattr(trm, "pair_accuracy", lambda prediction: {"pair_accuracy": next(accuracies)})
+    real = trm.PairTrainer._load_best_model
+
+    def load_damaged(trainer):
+        flip_a_bit(trm.Path(trainer.state.best_model_checkpoint) / "model.safetensors")
+        real(trainer)
+
+    monkeypatch.setattr(trm.PairTrainer, "_load_best_model", load_damaged)
+    with pytest.raises(SystemExit, match=r"checkpoint-2/model\.safetensors: damaged.*; --fresh starts over"):
+        train(*SMALL, "--eval_steps", "2", "--save_steps", "2", "--seed", "7")
+    after = weights(tmp_path / "reward")
+    assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
+
+
+def test_a_checkpoint_of_another_model_or_of_other_data_is_named(train, tiny_model, tmp_path, processed):
+    checkpoint = train(*SMALL) / "checkpoints" / "checkpoint-4"
+    continued = ("--resume_from_checkpoint", str(checkpoint), "--max_steps", "6")
+    other = shutil.copytree(tiny_model, tmp_path / "other_model")
+    with pytest.raises(SystemExit, match=r"checkpoint-4: its base_model is local directory .*tiny.*, that of this run"):
+        train(*SMALL, *continued, "--model", other, output="second")
+    metadata = trm.Path(processed) / "metadata.json"
+    metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"digest": "another"}))
+    with pytest.raises(SystemExit, match=r"checkpoint-4: its data_identity is .* that of this run .*another"):
+        train(*SMALL, *continued, output="second")
+    # Without the settings of its run only the shapes tell.
+    alone = shutil.copytree(checkpoint, tmp_path / "alone" / "checkpoint-4")
+    tensors = load_file(alone / "model.safetensors")
+    tensors["model.norm.weight"] = torch.ones(5)
+    save_file(tensors, alone / "model.safetensors", metadata={"format": "pt"})
+    (alone / "checksums.json").unlink()
+    with pytest.raises(SystemExit, match="alone/checkpoint-4: damaged, or of another model"):
+        train(*SMALL, "--resume_from_checkpoint", str(alone), "--max_steps", "6", output="third")
+    (checkpoint.parent / "settings.json").write_text("{")
+    with pytest.raises(SystemExit, match=r"settings\.json: damaged"):
+        train(*SMALL)
+
+
+def test_a_full_disk_keeps_the_last_checkpoint(train, small_disk):
+    rhythm = ("--num_train_epochs", "2", "--eval_steps", "4", "--save_steps", "4")
+    whole = train(*SMALL, *rhythm)
+    disk = small_disk("size=30m")  # room for one checkpoint of 19 MB
+    with pytest.raises(SystemExit, match="disk is full") as ended:
+        train(*SMALL, *rhythm, output=disk / "reward")
+    assert "\n" not in str(ended.value.code) and not (disk / "reward" / "config.json").exists()
+    kept = trm.last_checkpoint(disk / "reward" / "checkpoints")
+    assert kept.endswith("checkpoint-4")
+    load_smollm_model.check_files(kept, "")
+    small_disk("remount,size=99m")
+    assert same_weights(whole, train(*SMALL, *rhythm, output=disk / "reward"))
+
+
+def test_output_that_can_not_be_written_is_named(train, small_disk):
+    with pytest.raises(SystemExit, match=r"reward: can not be written \(.*Read-only file system"):
+        train(output=small_disk("ro") / "reward")
 
 
 def test_data_of_another_version_is_named(train, processed):
