@@ -11,12 +11,13 @@ beginning and takes all that is left. The prompt ids therefore never depend on t
 """
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import jinja2
 
 PROMPT_SHARE = 0.5  # of max_length, that the prompt may use
+CHUNK = 1024  # conversations that are tokenised at once
 MIN_MAX_LENGTH = 32  # tokens; below that a cut prompt could not keep its role headers
 
 ROLES = ("system", "user", "assistant")
@@ -144,6 +145,15 @@ def encode_batch(
         _assemble(frame_ids[opening], body, frame_ids[closing], max_length)
         for (opening, closing), body in zip(frames, response_ids, strict=True)
     ]
+
+
+def encode_stream(
+    tokenizer, prompts: Sequence[str | Sequence[dict[str, str]]], responses: Sequence[str], max_length: int
+) -> Iterator[Encoded]:
+    """As `encode_batch`, for any number of conversations: only some of them are in memory before the cut."""
+    for start in range(0, max(len(prompts), len(responses)), CHUNK):
+        part = slice(start, start + CHUNK)
+        yield from encode_batch(tokenizer, prompts[part], responses[part], max_length)
 
 
 def _assemble(prompt_ids: list[int], response_ids: list[int], closing_ids: list[int], max_length: int) -> Encoded:

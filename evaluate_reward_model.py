@@ -31,7 +31,7 @@ from datasets import Dataset
 from matplotlib.figure import Figure
 from tabulate import tabulate
 
-from conversations import encode_batch, response_length
+from conversations import encode_stream, response_length
 from load_helpsteer_dataset import (
     OUTPUT_DIR,
     checked_pairs,
@@ -89,7 +89,7 @@ def read_pairs(name: str, split: str | None = None) -> Dataset:
 def category_of(row: dict[str, Any]) -> str:
     """What the row's category column says; empty without one."""
     values = [row[column] for column in CATEGORY_COLUMNS if row.get(column) is not None]
-    if not values or values[0] != values[0]:  # NaN: an empty cell
+    if not values or isinstance(values[0], list | dict) or values[0] != values[0]:  # NaN: an empty cell
         return ""
     return str(values[0]).encode("utf-8", "replace").decode("utf-8")
 
@@ -128,13 +128,19 @@ def score_pairs(evaluator: RewardModelEvaluator, pairs: Dataset, name: str) -> t
         [*prompts, *prompts], [*chosen, *rejected], BATCH_SIZE, progress=is_first_process()
     )
     rewards = evaluator.combine(scores)
-    encoded = [encode_batch(evaluator.tokenizer, prompts, side, evaluator.max_length) for side in (chosen, rejected)]
+    cuts = [
+        [
+            (one.prompt_cut, one.response_cut)
+            for one in encode_stream(evaluator.tokenizer, prompts, side, evaluator.max_length)
+        ]
+        for side in (chosen, rejected)
+    ]
     columns = {
         **text_columns(pairs, name),
         "chosen_reward": rewards[: len(pairs)],
         "rejected_reward": rewards[len(pairs) :],
-        "prompt_cut": np.array([one.prompt_cut for one in encoded[0]]),
-        "response_cut": np.array([a.response_cut or b.response_cut for a, b in zip(*encoded, strict=True)]),
+        "prompt_cut": np.array([prompt_cut for prompt_cut, _ in cuts[0]]),
+        "response_cut": np.array([one or other for (_, one), (_, other) in zip(*cuts, strict=True)]),
     }
     return columns, scores[:, : len(pairs)] - scores[:, len(pairs) :]
 

@@ -23,6 +23,7 @@ import itertools
 import json
 import math
 import random
+import re
 import shutil
 import zlib
 from collections import Counter
@@ -85,6 +86,8 @@ FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet")
 ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")  # of a raw HelpSteer2 row
 RATING_COLUMNS = {"chosen": ("chosen_rating", "chosen_score"), "rejected": ("rejected_rating", "rejected_score")}
 BATCH_SIZE = 1000  # rows per step, for reading and tokenising
+MAX_DEPTH = 100  # lists and objects in each other
+NOT_UTF8 = re.compile("[\udc80-\udcff]")  # as what bytes are decoded that are no UTF-8
 BROKEN_FILE = (OSError, EOFError, zlib.error, ijson.JSONError, pyarrow.ArrowException, UnicodeDecodeError, csv.Error)
 PAIR_FEATURES = Features(
     {
@@ -180,8 +183,14 @@ def open_repository(name: str, origin: str, split: str | None, streaming: bool) 
     except Exception as error:  # `datasets` raises many types for what is missing, gated or broken
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise InputError(f"{name}: can not be read as a dataset ({reason})") from error
-    rows = (Row(f"{name}, {split} row {number}", row) for number, row in enumerate(dataset, start=1))
+    rows = (Row(f"{name}, {split} row {number}", row) for number, row in enumerate(raw_rows(dataset), start=1))
     return Source(name, f"{origin}, {split}" + (f", revision {revision}" if revision else ""), rows, revision)
+
+
+def raw_rows(dataset: Dataset) -> Iterator[dict[str, Any]]:
+    """Rows as stored: nothing is decoded, since a picture or a sound may name any file to be opened."""
+    for table in dataset.with_format("arrow").iter(BATCH_SIZE):
+        yield from table.to_pylist()
 
 
 def pick_split(name: str, splits: list[str], wanted: str | None) -> str:
@@ -207,6 +216,7 @@ def read_file(path: Path) -> Iterator[Row]:
     reader = {".jsonl": read_json, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet}.get(file_type(path))
     if reader is None:
         raise InputError(f"{path}: unknown file type; known are {', '.join(FILE_TYPES)} (also .gz)")
+    number = 0
     try:
         with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
             for number, values, problem in reader(file):
@@ -214,7 +224,9 @@ def read_file(path: Path) -> Iterator[Row]:
                     values, problem = {}, "not an object with named columns"
                 yield Row(f"{path} row {number}", values, problem)
     except BROKEN_FILE as error:
-        raise InputError(f"{path}: can not be read to its end ({first_line(error)}); restore the file") from error
+        raise InputError(
+            f"{path}: can not be read to its end (after row {number}: {first_line(error)}); restore the file"
+        ) from error
 
 
 def read_json(file) -> Iterator[tuple[int, Any, str | None]]:
@@ -226,9 +238,7 @@ def read_json(file) -> Iterator[tuple[int, Any, str | None]]:
         first = file.read(1)
     file.seek(start)
     if first == b"[":
-        yield from (
-            (number, row, None) for number, row in enumerate(ijson.items(file, "item", use_float=True), start=1)
-        )
+        yield from read_json_array(file)
         return
     for number, line in enumerate(file, start=1):
         if not line.strip():
@@ -241,10 +251,35 @@ def read_json(file) -> Iterator[tuple[int, Any, str | None]]:
             yield number, {}, "not valid JSON"
 
 
+def read_json_array(file) -> Iterator[tuple[int, Any, str | None]]:
+    """Items of one array. (Those of `ijson.items` would need memory quadratic in the depth of nesting.)"""
+    number, depth = 0, 0
+    for event, value in ijson.basic_parse(file, use_float=True):
+        opens, closes = event.startswith("start_"), event.startswith("end_")
+        if depth == 0 or (depth == 1 and closes):  # of the array itself
+            depth += opens - closes
+            continue
+        if depth == 1:
+            item, deepest = ijson.ObjectBuilder(), 1
+        depth += opens
+        deepest = max(deepest, depth)
+        if depth <= MAX_DEPTH:
+            item.event(event, value)
+        depth -= closes
+        if depth == 1:
+            number += 1
+            yield (number, item.value, None) if deepest <= MAX_DEPTH else (number, {}, "nested too deeply")
+
+
 def read_csv(file) -> Iterator[tuple[int, Any, str | None]]:
     csv.field_size_limit(2**31 - 1)
-    lines = (line.decode("utf-8-sig") for line in file)
-    for number, row in enumerate(csv.DictReader(lines), start=2):  # the header is row 1
+    rows = csv.DictReader(line.decode("utf-8-sig", "surrogateescape") for line in file)
+    header = rows.fieldnames or []
+    if any(map(NOT_UTF8.search, header)):
+        raise InputError(f"{file.name} row 1: not valid UTF-8; convert the file")
+    if len(header) == 1:
+        raise InputError(f"{file.name} row 1: has one column, {header[0]!r}; cells must be separated by commas")
+    for number, row in enumerate(rows, start=2):  # the header is row 1
         try:
             yield number, {column: parse_cell(value) for column, value in row.items()}, None
         except BadRow as error:
@@ -253,11 +288,13 @@ def read_csv(file) -> Iterator[tuple[int, Any, str | None]]:
 
 def parse_cell(value: Any) -> Any:
     """CSV has no lists: a cell that looks like a JSON message list is read as one."""
+    if isinstance(value, str) and NOT_UTF8.search(value):
+        raise BadRow("not valid UTF-8")
     if not (isinstance(value, str) and value.startswith("[{") and value.endswith("}]") and "role" in value):
         return value
     try:
         return json.loads(value)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRow("message list is not valid JSON") from error
 
 
@@ -283,7 +320,7 @@ def join_raw_rows(rows: Iterable[Row]) -> Iterator[Row]:
         if row.problem is None and "response" in row.values and "chosen" not in row.values:
             if waiting is None:
                 waiting = row
-            elif waiting.values.get("prompt") == row.values.get("prompt"):
+            elif _same_prompt(waiting, row):
                 yield _raw_pair(waiting, row)
                 waiting = None
             else:
@@ -293,6 +330,13 @@ def join_raw_rows(rows: Iterable[Row]) -> Iterator[Row]:
             yield row
     if waiting is not None:
         yield waiting._replace(problem="no second response to the prompt")
+
+
+def _same_prompt(first: Row, second: Row) -> bool:
+    try:
+        return first.values.get("prompt") == second.values.get("prompt")
+    except RecursionError:  # lists in lists in lists
+        return False
 
 
 def _raw_pair(first: Row, second: Row) -> Row:
@@ -366,6 +410,8 @@ def checked_pairs(rows: Iterable[Row]) -> Iterator[tuple[Row, dict[str, Any] | N
             yield row, None if row.problem else check_pair(row.values), row.problem
         except BadRow as error:
             yield row, None, str(error)
+        except RecursionError:
+            yield row, None, "nested too deeply"
 
 
 def _checked_response(messages: Messages, completion: Any) -> str:

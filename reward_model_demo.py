@@ -23,7 +23,7 @@ import scipy.stats
 import torch
 from tqdm.auto import tqdm
 
-from conversations import Messages, encode_batch, parse_prompt, response_length, response_text
+from conversations import Messages, encode_stream, parse_prompt, response_length, response_text
 from load_smollm_model import (
     InputError,
     autocast,
@@ -260,18 +260,21 @@ class RewardModelEvaluator:
         progress: bool,
     ) -> list[float]:
         """Rewards by one member, in input order."""
-        inputs = [tuple(one.ids) for one in encode_batch(member.tokenizer, prompts, responses, max_length)]
+        encoded = encode_stream(member.tokenizer, prompts, responses, max_length)
+        # As bytes they take a tenth of the memory, and big-endian ones sort as the numbers do.
+        inputs = [np.array(one.ids, ">i4").tobytes() for one in encoded]
         # Neighbours have much in common: the prompt, or at least the length.
         distinct = sorted(dict.fromkeys(inputs), key=None if member.shares else len, reverse=True)
-        scores: dict[tuple[int, ...], float] = {}
+        scores: dict[bytes, float] = {}
         for start in tqdm(range(0, len(distinct), batch_size), desc="Scoring", unit=" batches", disable=not progress):
             batch = distinct[start : start + batch_size]
-            scores.update(zip(batch, self._forward(member.model, batch), strict=True))
+            rows = [np.frombuffer(ids, ">i4").tolist() for ids in batch]
+            scores.update(zip(batch, self._forward(member.model, rows), strict=True))
         if not all(map(math.isfinite, scores.values())):
             raise InputError("the reward model returned a reward that is not finite: its weights are damaged")
         return [(scores[ids] - member.mean) / member.std for ids in inputs]
 
-    def _forward(self, model, batch: list[tuple[int, ...]]) -> list[float]:
+    def _forward(self, model, batch: list[list[int]]) -> list[float]:
         """Rewards of token ids, padded on the right to the longest."""
         width = max(map(len, batch))
         pad = model.config.pad_token_id
@@ -365,31 +368,33 @@ def group_sums(values: np.ndarray, groups: Sequence | None) -> tuple[np.ndarray,
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """Checked rows of a JSONL file: `prompt` with `response`, `responses`, or `chosen` and `rejected`."""
     try:
-        with path.open(encoding="utf-8") as file:
+        with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
                     yield check_line(f"{path} row {number}", line)
     except OSError as error:
         raise InputError(f"{path}: can not be read ({first_line(error)})") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 text; convert it first") from error
 
 
-def check_line(place: str, line: str) -> dict[str, Any]:
-    """Parse one line.
+def check_line(place: str, line: bytes) -> dict[str, Any]:
+    """Parse one line of UTF-8 text.
 
     Raises:
         InputError: names the row and what is missing in it.
     """
+    needed = "prompt, and response, responses, or chosen and rejected"
     try:
-        row = json.loads(line)
+        row = json.loads(line.decode("utf-8-sig"))
         parse_prompt(row["prompt"])
         for answer in answers(row):
             response_text(answer)
     except json.JSONDecodeError as error:
         raise InputError(f"{place}: not valid JSON ({error.msg}); one object a line is expected") from error
+    except UnicodeDecodeError as error:
+        raise InputError(f"{place}: not UTF-8 text; convert the file first") from error
+    except RecursionError as error:
+        raise InputError(f"{place}: nested too deeply; needs {needed}") from error
     except (KeyError, TypeError, ValueError) as error:
-        needed = "prompt, and response, responses, or chosen and rejected"
         raise InputError(f"{place}: needs {needed} ({type(error).__name__}: {error})") from error
     return row
 

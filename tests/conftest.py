@@ -9,6 +9,7 @@ from pathlib import Path
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests never wait for a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+import hypothesis
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -16,6 +17,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import load_helpsteer_dataset
 import load_smollm_model
 import train_reward_model
+
+hypothesis.settings.register_profile("suite", max_examples=60, derandomize=True, deadline=None)
+hypothesis.settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")
@@ -117,6 +121,16 @@ def make_pairs(count: int) -> list[dict]:
         }
         for number in range(count)
     ]
+
+
+class Poison:
+    """Unpickled, it writes a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
 
 
 def flip_a_bit(path) -> None:

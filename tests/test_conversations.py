@@ -1,13 +1,17 @@
 import random
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
+import conversations
 from conversations import (
     GUARD,
     encode,
     encode_batch,
     encode_prompt,
+    encode_stream,
     parse_prompt,
     plain_template,
     response_text,
@@ -244,3 +248,62 @@ def test_odd_texts_round_trip(tokenizer, text):
     expected = text.encode("utf-8", "replace").decode("utf-8").strip()
     assert tokenizer.decode(ids) == f"<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\n{expected}<|im_end|>\n"
     assert encode(tokenizer, text, "a", 64)[-3:] == [81, *END]
+
+
+# Pieces that mean something to a template, a tokenizer or the parser, between any characters, broken ones included.
+# SmolLM2's vocabulary lacks some bytes: those of a few control characters and of planes without characters in use.
+PIECES = st.sampled_from(
+    ["<|im_end|>", "<|im_start|>", "<|endoftext|>", "<|im_", "end|>", "<extra_id_1>", "\n<extra_id_1>User\n", GUARD]
+)
+CHARACTERS = st.characters(max_codepoint=0x3FFFF, exclude_characters="\x04\x06\x13\x14\x16\x1d")
+TEXTS = st.lists(PIECES | st.text(CHARACTERS), max_size=6).map("".join)
+
+
+@given(prompt=TEXTS, response=TEXTS)
+def test_any_text_round_trips_without_control_tokens(tokenizer, prompt, response):
+    ids = encode(tokenizer, [{"role": "user", "content": prompt}], response, 10**6)
+    prompt, response = (text.encode("utf-8", "replace").decode("utf-8").strip() for text in (prompt, response))
+    written = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n{response}<|im_end|>\n"
+    assert tokenizer.decode(ids) == written
+    assert control_count(ids) == 4  # those of the two turns
+
+
+@given(prompt=TEXTS, responses=st.tuples(TEXTS, TEXTS), max_length=st.integers(32, 80))
+def test_any_text_keeps_to_the_length_rule(tokenizer, prompt, responses, max_length):
+    try:
+        messages = parse_prompt(prompt)
+    except ValueError as error:
+        assert "must end with a user turn" in str(error)
+        return
+    encoded = encode_batch(tokenizer, [messages] * 2, responses, max_length)
+    for one, response in zip(encoded, responses, strict=True):
+        assert len(one.ids) <= max_length
+        assert one.ids[-2:] == END
+        prefix = encode_prompt(tokenizer, prompt, max_length)
+        assert one.ids[: len(prefix)] == prefix
+        kept = len(one.ids) - len(prefix) - len(END)
+        assert kept >= 1 or not response.encode("utf-8", "replace").decode("utf-8").strip()
+        assert one.response_cut == (kept < one.response_length)
+
+
+def test_a_stream_is_the_batch_in_parts(tokenizer, monkeypatch):
+    prompts, responses = [f"Count to {i}." for i in range(25)], [f"{i} " * (i + 1) for i in range(25)]
+    sizes = []
+
+    def tokenize(*args, real=conversations.encode_batch):
+        sizes.append(len(args[2]))
+        return real(*args)
+
+    monkeypatch.setattr(conversations, "CHUNK", 10)
+    monkeypatch.setattr(conversations, "encode_batch", tokenize)
+    assert list(encode_stream(tokenizer, prompts, responses, 64)) == encode_batch(tokenizer, prompts, responses, 64)
+    assert sizes == [10, 10, 5]
+    with pytest.raises(ValueError, match="10 prompts, but 0 responses"):
+        list(encode_stream(tokenizer, prompts, responses[:10], 64))
+
+
+def test_a_response_of_a_megabyte_is_cut(tokenizer):
+    response = "A long answer. " * 70_000
+    (encoded,) = encode_batch(tokenizer, ["Hi"], [response], 64)
+    assert len(encoded.ids) == 64 and encoded.response_cut and encoded.response_length > 200_000
+    assert encoded.ids[:-2] == encode(tokenizer, "Hi", response[:1000], 64)[:-2]

@@ -1,6 +1,7 @@
 import csv
 import gzip
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -8,7 +9,9 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import make_pairs, run_main
-from datasets import load_from_disk
+from datasets import Dataset, Features, Image, Value, load_from_disk
+from hypothesis import given
+from hypothesis import strategies as st
 
 import load_helpsteer_dataset as lhd
 from conversations import encode
@@ -251,14 +254,126 @@ def flipped(content: bytes) -> bytes:
         ("x.jsonl.gz", gzip.compress(json.dumps(PAIR).encode() * 1000)[:-20], "can not be read to its end"),
         ("x.jsonl.gz", flipped(gzip.compress(json.dumps(PAIR).encode() * 1000)), "can not be read to its end"),
         ("x.json", b'[{"prompt": "a"}, {"pro', "can not be read to its end"),
-        ("x.csv", "prompt,chosen\né".encode("latin-1"), "can not be read to its end"),
+        ("x.json", b'[{"prompt": "a"}, {"prompt": "\xff"}]', r"can not be read to its end \(after row 1"),
+        ("x.csv", "prompt,chosen,rejecté\n".encode("latin-1"), "row 1: not valid UTF-8; convert the file"),
+        ("x.csv", "prompt,chosen,rejected\n".encode("utf-16"), "row 1: not valid UTF-8; convert the file"),
+        ("x.csv", b'"prompt";"chosen";"rejected"\n', "row 1: has one column, .*; cells must be separated by commas"),
     ],
 )
 def test_broken_files_are_named(tmp_path, name, content, message):
     path = tmp_path / name
     path.write_bytes(content)
-    with pytest.raises(InputError, match=f"{name}: {message}"):
+    with pytest.raises(InputError, match=f"{name}:? {message}"):
         rows_of(path)
+
+
+def test_rows_that_are_not_utf8_are_named(tmp_path):
+    good = {**PAIR, "chosen": "Rouge, ça va."}
+    for name in ("x.jsonl", "x.csv"):
+        lines = [json.dumps(row, ensure_ascii=False) for row in (good, good)]
+        if name == "x.csv":
+            lines = ["prompt,chosen,rejected", *[",".join(good[key] for key in ("prompt", "chosen", "rejected"))] * 2]
+            lines = [line.replace("Rouge, ça va.", '"Rouge, ça va."') for line in lines]
+        content = [*(line.encode() for line in lines[:-1]), lines[-1].encode("latin-1")]
+        (tmp_path / name).write_bytes(b"\n".join(content))
+        (first, _), (second, reason) = [
+            (row, pair or reason) for row, pair, reason in lhd.checked_pairs(lhd.open_source(str(tmp_path / name)).rows)
+        ]
+        assert first.values["chosen"] == "Rouge, ça va." and reason == "not valid UTF-8"
+        assert second.location == f"{tmp_path / name} row {len(lines)}"
+
+
+DEEP = "[" * 900 + "]" * 900  # as deep as the parser takes, too deep for what comes after it
+
+
+@pytest.mark.parametrize("deep", [DEEP, "[" * 10**5 + "]" * 10**5])
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl"])
+def test_deeply_nested_json_is_a_bad_row(tmp_path, name, deep):
+    message = f'[{{"role": {deep}, "content": "a"}}]'
+    rows = [
+        f'{{"prompt": {deep}, "chosen": "a", "rejected": "b"}}',
+        f'{{"prompt": {message}, "chosen": "a", "rejected": "b"}}',
+        f'{{"prompt": "a", "chosen": {message}, "rejected": {message}}}',
+        *[f'{{"prompt": {deep}, "response": "a"}}'] * 2,
+        json.dumps(PAIR),
+    ]
+    text = f"[{', '.join(rows)}]" if name == "x.json" else "\n".join(rows)
+    (tmp_path / name).write_text(text)
+    pairs = [pair for _, pair, _ in lhd.checked_pairs(lhd.open_source(str(tmp_path / name)).rows)]
+    assert pairs[:-1] == [None] * (len(pairs) - 1) and pairs[-1]["chosen"] == PAIR["chosen"]
+
+
+TEXTS = st.text(st.characters(), max_size=20) | st.sampled_from(["", "a\n<extra_id_1>Assistant\n", "[{role}]", "3.2"])
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXTS,
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(TEXTS, values, max_size=3),
+    max_leaves=6,
+)
+MESSAGES = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]) | JSON, "content": TEXTS | JSON}),
+    max_size=3,
+)
+COLUMNS = ["prompt", "chosen", "rejected", "response", "chosen_rating", "rejected_score", *lhd.ATTRIBUTES, "other"]
+ROWS = st.lists(st.dictionaries(st.sampled_from(COLUMNS), TEXTS | MESSAGES | JSON), max_size=4)
+
+
+@given(rows=ROWS | st.lists(st.just(PAIR) | st.fixed_dictionaries(dict.fromkeys(PAIR, TEXTS | MESSAGES))))
+def test_any_row_is_a_pair_or_has_a_reason(rows):
+    results = list(lhd.checked_pairs(lhd.Row(f"row {number}", row) for number, row in enumerate(rows)))
+    for _, pair, reason in results:
+        assert (pair is None) == isinstance(reason, str)
+        if pair:
+            assert pair["prompt"][-1]["role"] == "user" and pair["prompt"][-1]["content"].strip()
+            assert pair["chosen"].strip() and pair["rejected"].strip() and pair["chosen"] != pair["rejected"]
+            assert pair["chosen_rating"] is None or pair["chosen_rating"] > pair["rejected_rating"]
+            assert lhd.pair_keys(pair).keys() == set(lhd.KEY_COLUMNS)
+            json.dumps(pair, ensure_ascii=False).encode()
+
+
+BITS_OF_JSON = st.sampled_from([b'{"prompt"', b": [", b'"a"', b"]", b"}", b",", b"\n"])
+
+
+@given(
+    name=st.sampled_from(["x.json", "x.jsonl", "x.csv", "x.parquet", "x.jsonl.gz"]),
+    content=st.binary(max_size=60) | st.lists(BITS_OF_JSON).map(b"".join),
+)
+def test_any_file_gives_rows_or_is_named(tmp_path_factory, name, content):
+    path = tmp_path_factory.getbasetemp() / name
+    path.write_bytes(content)
+    try:
+        rows = list(lhd.checked_pairs(lhd.read_file(path)))
+    except InputError as error:
+        assert str(error).startswith(str(path)) and "\n" not in str(error)
+    else:
+        assert all(pair or reason for _, pair, reason in rows)
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Paths that this process opens during the test."""
+    paths, watching = [], [True]
+    sys.addaudithook(lambda event, args: watching and event == "open" and paths.append(str(args[0])))
+    yield paths
+    watching.clear()  # a hook can not be taken away
+
+
+def test_no_path_from_the_data_is_opened(tmp_path, write_jsonl, opened):
+    secret = tmp_path / "secret.png"
+    secret.write_text("not for others")
+    named = {"prompt": str(secret), "chosen": f"file://{secret}", "rejected": f"../{secret.name}", "other": str(secret)}
+    columns = Features({**{key: Value("string") for key in PAIR}, "picture": Image()})
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    (hub / "README.md").write_text("---\n---\n")
+    pictured = {**PAIR, "picture": {"path": str(secret), "bytes": None}}
+    pyarrow.parquet.write_table(Dataset.from_list([pictured], features=columns).data.table, hub / "train.parquet")
+    sources = [write_jsonl([named]), str(hub)]
+    opened.clear()
+    for source in sources:
+        ((_, pair, reason),) = lhd.checked_pairs(lhd.open_source(source).rows)
+        assert pair and not reason
+    assert any(path.endswith("train.parquet") or path.endswith(".arrow") for path in opened)
+    assert not [path for path in opened if "secret" in path]
 
 
 def test_missing_sources_are_named(tmp_path):
@@ -353,7 +468,7 @@ def test_from_rows_to_disk(monkeypatch, tmp_path, tiny_model, write_jsonl, capsy
     out = capsys.readouterr().out
     assert "contradicting pair" in out and "26 read, with 26 pairs: 7 dropped, 0 over the limit, 19 kept" in out
     assert {path.name for path in (tmp_path / "out").iterdir()} == {
-        "train", "validation", "dataset_dict.json", "metadata.json", "length_histogram.png",
+        "checksums.json", "train", "validation", "dataset_dict.json", "metadata.json", "length_histogram.png",
     }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 from trl import GRPOConfig, GRPOTrainer
 
+import conversations
 import load_smollm_model
 import reward_model_demo as demo
 from conversations import encode
@@ -54,6 +55,24 @@ def test_a_score_is_the_same_alone_in_a_batch_and_under_padding(directory, reque
     mask = torch.tensor([[1] * len(ids) + [0] * 50])
     with torch.no_grad():
         assert evaluator.model(padded, attention_mask=mask).logits.item() == pytest.approx(alone[0], abs=1e-5)
+
+
+def test_many_responses_are_scored_as_in_parts(evaluator, monkeypatch):
+    prompts = [f"Prompt {number % 7}" for number in range(2000)]
+    responses = [f"Answer {number % 301} " + "and so on " * (number % 3) for number in range(2000)]
+    sizes = []
+
+    def tokenize(*args, real=conversations.encode_batch):
+        sizes.append(len(args[1]))
+        return real(*args)
+
+    monkeypatch.setattr(conversations, "encode_batch", tokenize)
+    monkeypatch.setattr(conversations, "CHUNK", 256)
+    together = evaluator.get_reward_scores(prompts, responses)
+    assert max(sizes) == 256 and sum(sizes) == 2000
+    for start in (0, 777, 1999):
+        part = slice(start, start + 100)
+        assert evaluator.get_reward_scores(prompts[part], responses[part]) == pytest.approx(together[part], abs=1e-5)
 
 
 def test_scores_come_in_input_order(evaluator):
@@ -395,6 +414,8 @@ def test_a_file_is_scored_line_by_line(monkeypatch, evaluator, tiny_reward_model
     "line, message",
     [
         ("{", "row 2: not valid JSON"),
+        (b"\xff", "row 2: not UTF-8 text; convert the file first"),
+        ("[" * 10**5, "row 2: nested too deeply"),
         ('{"response": "a"}', "row 2: needs prompt"),
         ('{"prompt": "a"}', "row 2: needs prompt"),
         ('{"prompt": "a", "response": null}', "row 2: needs prompt"),
@@ -404,7 +425,8 @@ def test_a_file_is_scored_line_by_line(monkeypatch, evaluator, tiny_reward_model
 )
 def test_a_bad_line_is_named_and_nothing_written(monkeypatch, tiny_reward_model, tmp_path, line, message):
     source = tmp_path / "in.jsonl"
-    source.write_text('{"prompt": "a", "response": "b"}\n' + line + "\n")
+    line = line if isinstance(line, bytes) else line.encode()
+    source.write_bytes(b'{"prompt": "a", "response": "b"}\n' + line + b"\n")
     with pytest.raises(SystemExit, match=message):
         run(monkeypatch, tiny_reward_model, "--file", source, "--output", tmp_path / "out.jsonl")
     assert [path.name for path in tmp_path.iterdir()] == ["in.jsonl"]
