@@ -2,7 +2,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 SETUP := .venv/.complete
 
-.PHONY: run data model train demo align test clean
+.PHONY: run data model train demo align test soak audit clean
 .NOTPARALLEL:
 
 run: data model train demo
@@ -34,6 +34,12 @@ test: $(SETUP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/python -m pytest
+
+soak: $(SETUP)
+	$(BIN)/python -m pytest -m slow -s
+
+audit: $(SETUP)
+	.ci/audit
 
 clean:
 	rm -rf .venv processed_helpsteer reward_model_output judge_1 judge_2 reinforce_output evaluation

@@ -17,6 +17,7 @@ Every field of `trl.RewardConfig` is a flag, and so are TRL's for LoRA. A stoppe
 import contextlib
 import json
 import math
+import pickle
 import shutil
 import signal
 import sys
@@ -195,6 +196,17 @@ def default_config() -> dict[str, Any]:
     }
 
 
+@contextlib.contextmanager
+def named_errors(checkpoint: str | None) -> Iterator[None]:
+    """Let what libraries say of a checkpoint that can not be loaded become an `InputError`."""
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        raise InputError(
+            f"{checkpoint}: damaged, or of another model ({first_line(error)}); {CHECKPOINT_REMEDY}"
+        ) from error
+
+
 class RowCollator(DataCollatorForPreference):
     """TRL's collator; a batch also says which rows it is made of, where the pairs have a column `row`."""
 
@@ -266,12 +278,12 @@ class PairTrainer(RewardTrainer):
             write_checksums(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        try:
+        with named_errors(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-            raise InputError(
-                f"{resume_from_checkpoint}: damaged, or of another model ({first_line(error)}); {CHECKPOINT_REMEDY}"
-            ) from error
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with named_errors(checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self):
         check_files(self.state.best_model_checkpoint, "--fresh starts over")

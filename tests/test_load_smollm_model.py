@@ -5,7 +5,7 @@ import threading
 import huggingface_hub
 import pytest
 import torch
-from conftest import flip_a_bit
+from conftest import Poison, flip_a_bit
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
@@ -311,6 +311,36 @@ def test_checksums_may_be_anything(tmp_path, content):
     (directory / "checksums.json").write_text(content)
     with pytest.raises(lsm.InputError, match=r"(can not be read|missing|damaged).*; try again"):
         lsm.check_files(directory, "try again")
+
+
+@pytest.mark.parametrize("load", [lsm.load_sft_model, lsm.load_trained_reward_model])
+def test_pickled_weights_are_never_loaded(tiny_reward_model, tmp_path, load):
+    trap, model = tmp_path / "trap", tmp_path / "model"
+    lsm.shutil.copytree(tiny_reward_model, model)
+    (model / "model.safetensors").unlink()
+    torch.save({"score.weight": Poison(trap)}, model / "pytorch_model.bin")
+    with pytest.raises(lsm.InputError, match="model: can not be loaded") as refused:
+        load(str(model))
+    assert "\n" not in str(refused.value) and not trap.exists()
+    torch.load(model / "pytorch_model.bin", weights_only=False)
+    assert trap.exists()  # so it would have gone off
+
+
+@pytest.mark.parametrize("load", [lsm.load_tokenizer, lsm.load_sft_model, lsm.load_trained_reward_model])
+def test_code_of_a_model_is_never_run(tiny_reward_model, tmp_path, load):
+    trap, model = tmp_path / "trap", tmp_path / "model"
+    lsm.shutil.copytree(tiny_reward_model, model)
+    (model / "theirs.py").write_text(f"open({str(trap)!r}, 'w')")
+    classes = ("AutoConfig", "AutoModelForCausalLM", "AutoModelForSequenceClassification")
+    mapped = {"auto_map": {name: f"theirs.{name}" for name in classes}, "model_type": "theirs"}
+    for name, extra in {
+        "config.json": mapped,
+        "tokenizer_config.json": {"auto_map": {"AutoTokenizer": ["theirs.T", None]}, "tokenizer_class": "Theirs"},
+    }.items():
+        (model / name).write_text(lsm.json.dumps(lsm.json.loads((model / name).read_text()) | extra))
+    with pytest.raises(lsm.InputError, match="model: can not be loaded") as refused:
+        load(str(model))
+    assert "\n" not in str(refused.value) and not trap.exists()
 
 
 # --- files and errors ------------------------------------------------------------------------------------------------

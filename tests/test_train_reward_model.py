@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
-from conftest import flip_a_bit, make_pairs, run_main
+from conftest import Poison, flip_a_bit, make_pairs, run_main
 from datasets import Dataset, load_from_disk
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import logsigmoid
@@ -457,6 +457,13 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(train, stop_after, capsys
     assert evaluated[0] == evaluated[1] and len(evaluated[0]) == 4
 
 
+def test_the_seed_decides_the_weights(train):
+    arguments = (*SMALL, "--dropout", "0.2")
+    first, second = train(*arguments, output="first"), train(*arguments, output="second")
+    assert same_weights(first, second)
+    assert not same_weights(first, train(*arguments, "--seed", "43", output="third"))
+
+
 def test_one_checkpoint_is_too_few_to_go_on(train, stop_after):
     stop_after(4)
     rhythm = ("--num_train_epochs", "2", "--eval_steps", "2", "--save_steps", "2", "--save_total_limit", "1")
@@ -614,6 +621,11 @@ def test_a_checkpoint_of_another_model_or_of_other_data_is_named(train, tiny_mod
     (alone / "checksums.json").unlink()
     with pytest.raises(SystemExit, match="alone/checkpoint-4: damaged, or of another model"):
         train(*SMALL, "--resume_from_checkpoint", str(alone), "--max_steps", "6", output="third")
+    shutil.copy(checkpoint / "model.safetensors", alone)
+    torch.save({"state": Poison(tmp_path / "trap")}, alone / "optimizer.pt")
+    with pytest.raises(SystemExit, match="alone/checkpoint-4: damaged, or of another model"):
+        train(*SMALL, "--resume_from_checkpoint", str(alone), "--max_steps", "6", output="third")
+    assert not (tmp_path / "trap").exists()
     (checkpoint.parent / "settings.json").write_text("{")
     with pytest.raises(SystemExit, match=r"settings\.json: damaged"):
         train(*SMALL)
