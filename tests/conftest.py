@@ -149,14 +149,14 @@ def run_main(module, monkeypatch, *arguments) -> None:
 RANK = Path(__file__).with_name("rank.py")
 
 
-def torchrun(processes: int, script: str | Path, *arguments) -> subprocess.CompletedProcess:
+def torchrun(processes: int, script: str | Path, *arguments, fails: bool = False) -> subprocess.CompletedProcess:
     """Run a script in several CPU processes that exchange by gloo, as `accelerate launch` does; see `rank.py`."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     paths = os.pathsep.join([str(RANK.parent), str(RANK.parent.parent)])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     command = [*launch, str(RANK), str(script), *map(str, arguments)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stderr[-4000:]
+    assert (done.returncode != 0) == fails, done.stderr[-4000:]
     return done
 
 
