@@ -1,0 +1,115 @@
+"""Time and memory of the preparation against the number of pairs.
+
+In:  nothing; the pairs are made up, every text is another one.
+Out: a table on the terminal, with `--plot` a picture, and with `--json` a file with all figures.
+
+    python benchmarks/dataset_scaling.py
+    python benchmarks/dataset_scaling.py --sizes 1000 10000 100000 1000000 --json dataset_scaling.json
+
+A million pairs need 2 GB of disk and, at the speed of a laptop, half an hour; the default ends in some minutes.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
+from tqdm.auto import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import load_helpsteer_dataset
+from benchmarks import measure
+from load_smollm_model import InputError, run_script
+
+VOCABULARY = 20_000  # made-up words
+WORDS = {"prompt": 20, "chosen": 60, "rejected": 60}  # of a text; its length varies by a factor of 2 around that
+
+
+def words(generator: np.random.Generator) -> np.ndarray:
+    """Words of 2 to 10 letters."""
+    letters = np.array(list("aeioulnrstdmbcp"))
+    return np.array(["".join(generator.choice(letters, generator.integers(2, 11))) for _ in range(VOCABULARY)])
+
+
+def write_pairs(path: Path, count: int) -> None:
+    generator = np.random.default_rng(count)
+    vocabulary = words(generator)
+    with path.open("w", encoding="utf-8") as file:
+        for _ in range(count):
+            pair = {}
+            for name, mean in WORDS.items():
+                size = generator.integers(mean * 2 // 3, mean * 4 // 3)
+                pair[name] = " ".join(vocabulary[generator.integers(VOCABULARY, size=size)])
+            file.write(json.dumps(pair) + "\n")
+
+
+def measure_preparation(source: Path, output: Path) -> dict[str, float]:
+    """Seconds and peak memory (bytes) of `load_helpsteer_dataset.py`.
+
+    Raises:
+        InputError: it failed.
+    """
+    command = [sys.executable, load_helpsteer_dataset.__file__, "--source", str(source), "--output", str(output)]
+    started = time.perf_counter()
+    with (output.parent / "log").open("w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log)
+        _, status, used = os.wait4(process.pid, 0)
+    if status:
+        raise InputError(f"load_helpsteer_dataset.py failed: {(output.parent / 'log').read_text()[-500:].strip()}")
+    unit = 1 if sys.platform == "darwin" else 1024
+    return {"seconds": time.perf_counter() - started, "peak_memory": used.ru_maxrss * unit}
+
+
+def exponent(sizes: list[int], seconds: list[float]) -> float:
+    """Slope of log(seconds beyond those of the smallest size) over log(size): 1 is linear."""
+    extra = np.array(seconds[1:]) - seconds[0]
+    return float(np.polyfit(np.log(sizes[1:]), np.log(extra), 1)[0])
+
+
+def plot(rows: list[dict[str, float]], path: Path) -> None:
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    time_axes, memory_axes = figure.subplots(1, 2)
+    sizes = [row["pairs"] for row in rows]
+    time_axes.loglog(sizes, [row["seconds"] for row in rows], marker="o")
+    time_axes.set(xlabel="pairs", ylabel="seconds")
+    memory_axes.semilogx(sizes, [row["peak_memory"] / 2**20 for row in rows], marker="o")
+    memory_axes.set(xlabel="pairs", ylabel="peak memory (MiB)", ylim=(0, None))
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = [1_000, 10_000, 100_000]
+    parser.add_argument("--sizes", type=int, nargs="+", default=sizes, help="pairs, ascending (default: %(default)s)")
+    parser.add_argument("--plot", type=Path, help="PNG file")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    options = parser.parse_args()
+    rows = []
+    for count in tqdm(options.sizes, desc="Sizes"):
+        with tempfile.TemporaryDirectory() as directory:
+            source = Path(directory) / "pairs.jsonl"
+            write_pairs(source, count)
+            rows.append({"pairs": count, **measure_preparation(source, Path(directory) / "processed")})
+    table = [
+        [f"{row['pairs']:,}", f"{row['seconds']:.1f}", f"{row['pairs'] / row['seconds']:,.0f}",
+         f"{row['peak_memory'] / 2**20:,.0f} MiB"]
+        for row in rows
+    ]  # fmt: skip
+    measure.print_table(["pairs", "seconds", "pairs/s", "peak memory"], table)
+    if len(rows) > 2:
+        slope = exponent([row["pairs"] for row in rows], [row["seconds"] for row in rows])
+        print(f"time grows as size to the power of {slope:.2f} beyond the smallest size")
+    if options.plot:
+        plot(rows, options.plot)
+    measure.write_figures(options.json, {"machine": measure.machine(), "sizes": rows})
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,118 @@
+"""Speed of a REINFORCE update against a plain loop of `generate` and forward passes in fp32.
+
+In:  `processed_helpsteer/`, a trained reward model, and the SFT model.
+Out: a table on the terminal and, with `--json`, a file with all figures.
+
+    python benchmarks/reinforce_speed.py
+    python benchmarks/reinforce_speed.py --completions 16 --max_new_tokens 32 --json reinforce_speed.json
+
+Both sample as many completions for the same prompts, score them, and update the policy once a turn. They do not sample
+the same ones, so rates are per token.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import train_reinforce
+from benchmarks import measure
+from load_helpsteer_dataset import OUTPUT_DIR as DATA_DIR
+from load_helpsteer_dataset import load_processed
+from load_smollm_model import load_trained_reward_model, resolve_model, run_script
+from reward_model_demo import MODEL_PATH
+from train_reinforce import Settings
+
+
+def open_run(settings: Settings):
+    accelerator = train_reinforce.build_accelerator(settings)
+    splits, _ = load_processed(settings.data)
+    return train_reinforce.build_run(settings, accelerator, splits, resolve_model(settings.model).path)
+
+
+def ours(turns, settings: Settings) -> None:
+    run = open_run(settings)
+    batches = train_reinforce.batches(run.prompts, settings.completions_per_step, settings.seed)
+    for step, (figures, prompts) in enumerate(zip(turns, batches, strict=False), start=1):
+        entry = train_reinforce.take_step(run, step, prompts, {})
+        figures["tokens"] = entry["length"] * settings.completions_per_step
+
+
+def plain(turns, settings: Settings) -> None:
+    """The same update as one writes it down first: fp32, one batch, every step over everything."""
+    run = open_run(settings)
+    tokenizer, policy, reference = run.tokenizer, run.policy, run.reference
+    _, judge = load_trained_reward_model(settings.reward_model)
+    tokenizer.padding_side = "left"
+    batches = train_reinforce.batches(run.prompts, settings.completions_per_step, settings.seed)
+    for figures, prompts in zip(turns, batches, strict=False):
+        inputs = tokenizer.pad({"input_ids": [prompt.ids for prompt in prompts]}, return_tensors="pt")
+        width = inputs["input_ids"].shape[1]
+        started = time.perf_counter()
+        with torch.no_grad():
+            ids = policy.generate(**inputs, generation_config=run.sampling)
+        figures["sampling_seconds"] = time.perf_counter() - started
+        mask = train_reinforce.completion_mask(ids[:, width:], run.sampling.eos_token_id)
+        attention = torch.cat([inputs["attention_mask"], mask.long()], dim=1)
+        with torch.no_grad():
+            rewards = judge(ids, attention_mask=attention, use_cache=False).logits[:, 0]
+            reference_log_probs = log_probs(reference, ids, attention)[:, width - 1 :]
+        policy_log_probs = log_probs(policy, ids, attention)[:, width - 1 :]
+        kl = train_reinforce.sequence_kl(policy_log_probs.detach(), reference_log_probs, mask)
+        advantages = rewards - settings.kl_coefficient * kl
+        train_reinforce.reinforce_loss(policy_log_probs, mask, advantages).backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.max_grad_norm)
+        run.optimizer.step()
+        run.optimizer.zero_grad()
+        figures["tokens"] = int(mask.sum())
+
+
+def log_probs(model, ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """(B, L - 1) log-probabilities of all tokens but the first."""
+    logits = model(ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1]
+    return logits.log_softmax(dim=-1).gather(2, ids[:, 1:, None]).squeeze(2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default=DATA_DIR, help="default: %(default)s")
+    parser.add_argument("--reward_model", default=MODEL_PATH, help="default: %(default)s")
+    default = Settings()
+    parser.add_argument("--completions", type=int, default=default.completions_per_step, help="an update")
+    parser.add_argument("--max_new_tokens", type=int, default=default.max_new_tokens, help="default: %(default)s")
+    parser.add_argument("--rounds", type=int, default=5, help="updates each (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    options = parser.parse_args()
+    machine = measure.machine()
+    with tempfile.TemporaryDirectory() as directory:
+        settings = Settings(
+            data=options.data,
+            reward_model=options.reward_model,
+            output_dir=directory,
+            completions_per_step=options.completions,
+            max_new_tokens=options.max_new_tokens,
+        )
+        results = measure.take_turns({"ours": (ours, (settings,)), "plain": (plain, (settings,))}, options.rounds)
+    print(measure.describe_machine(machine))
+    rows, summary = [], {}
+    for name, turns in results.items():
+        rates = [turn["tokens"] / turn["seconds"] for turn in turns]
+        each = summary[name] = {
+            "tokens_per_second": measure.statistics.median(rates),
+            "seconds": measure.median(turns, "seconds"),
+            "peak_memory": max(turn["peak_memory"] for turn in turns),
+        }
+        faster = summary["ours"]["tokens_per_second"] / each["tokens_per_second"]
+        memory = f"{each['peak_memory'] / 2**30:.1f} GiB"
+        rows.append([name, f"{each['tokens_per_second']:.0f}", f"{each['seconds']:.1f}", memory, f"{faster:.2f}"])
+    measure.print_table(["", "sampled and trained tokens/s", "s an update", "peak memory", "ours is faster by"], rows)
+    measure.write_figures(options.json, {"machine": machine, "summary": summary, "turns": results})
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,148 @@
+"""Speed of scoring: `get_reward_scores` against the usual ways, on the same answers, and how much bf16 moves scores.
+
+In:  a trained reward model, and pairs from any source that `load_helpsteer_dataset.py` reads; the sample by default.
+Out: tables on the terminal and, with `--json`, a file with all figures.
+
+    python benchmarks/scoring_speed.py
+    python benchmarks/scoring_speed.py --model reward_model_output --pairs my_pairs.jsonl --json scoring_speed.json
+
+bf16        `get_reward_scores` with `mixed_precision=True` (fp32 where the hardware has no bf16)
+fp32        `get_reward_scores` as it is by default
+one by one  the plain `transformers` model in fp32, one conversation at a time
+pipeline    `pipeline("text-classification", batch_size=16)` on the formatted conversations
+together    16 candidates of one prompt in one call, in bf16; a prompt as long as an answer
+apart       the same in a call each
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import pipeline
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import measure
+from conversations import encode_batch
+from evaluate_reward_model import read_pairs
+from load_smollm_model import load_trained_reward_model, pick_device, run_script
+from reward_model_demo import MODEL_PATH, RewardModelEvaluator
+
+CANDIDATES = 16
+CANDIDATE_TOKENS = 128  # of the prompt, and of each of its candidates
+
+
+def by_evaluator(turns, model: str, prompts: list, responses: list[str], mixed_precision: bool) -> None:
+    evaluator = RewardModelEvaluator(model, mixed_precision=mixed_precision)
+    for figures in turns:
+        figures["scores"] = evaluator.get_reward_scores(prompts, responses)
+
+
+def one_by_one(turns, model: str, prompts: list, responses: list[str]) -> None:
+    tokenizer, network = load_trained_reward_model(model)
+    network.to(pick_device())
+    limit = network.config.reward_max_length
+    for figures in turns:
+        figures["scores"] = []
+        for one in encode_batch(tokenizer, prompts, responses, limit):
+            with torch.inference_mode():
+                logits = network(torch.tensor([one.ids], device=network.device), use_cache=False).logits
+            figures["scores"].append(float(logits))
+
+
+def by_pipeline(turns, model: str, prompts: list, responses: list[str]) -> None:
+    tokenizer, network = load_trained_reward_model(model)
+    limit = network.config.reward_max_length
+    # Decoded again from the ids, so that the pipeline reads what the others read.
+    texts = [tokenizer.decode(one.ids) for one in encode_batch(tokenizer, prompts, responses, limit)]
+    classify = pipeline(
+        "text-classification", model=network, tokenizer=tokenizer, device=pick_device(), batch_size=16,
+        function_to_apply="none",
+    )  # fmt: skip
+    for figures in turns:
+        figures["scores"] = [one["score"] for one in classify(texts, add_special_tokens=False)]
+
+
+def apart(turns, model: str, prompt: str, responses: list[str]) -> None:
+    evaluator = RewardModelEvaluator(model, mixed_precision=True)
+    for figures in turns:
+        figures["scores"] = [evaluator.get_reward_score(prompt, response) for response in responses]
+
+
+def candidates(model: str) -> tuple[str, list[str]]:
+    """A prompt and its answers, each with about `CANDIDATE_TOKENS` tokens."""
+    tokenizer, _ = load_trained_reward_model(model)
+    words = tokenizer.encode("a mountain village wakes slowly under snow while two old friends carry bread home ")
+
+    def text(seed: int) -> str:
+        order = np.random.default_rng(seed).choice(words, CANDIDATE_TOKENS - 10)
+        return tokenizer.decode(order)
+
+    return text(0), [text(seed) for seed in range(1, CANDIDATES + 1)]
+
+
+def accuracy(scores: list[float]) -> float:
+    """Share of pairs in order; the first half are the chosen answers."""
+    chosen, rejected = np.array(scores).reshape(2, -1)
+    return float((chosen > rejected).mean())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=MODEL_PATH, help="trained reward model (default: %(default)s)")
+    parser.add_argument("--pairs", default="sample_data/helpsteer_sample.jsonl", help="default: %(default)s")
+    parser.add_argument("--limit", type=int, default=64, help="pairs (default: %(default)s)")
+    parser.add_argument("--rounds", type=int, default=5, help="turns each (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    options = parser.parse_args()
+    pairs = read_pairs(options.pairs).select(range(options.limit))
+    prompts, responses = [*pairs["prompt"], *pairs["prompt"]], [*pairs["chosen"], *pairs["rejected"]]
+    work, shared = (options.model, prompts, responses), (options.model, *candidates(options.model))
+    machine = measure.machine()
+    limit = measure.TIME_LIMIT / 2
+    results = measure.take_turns(
+        {
+            "bf16": (by_evaluator, (*work, True)),
+            "fp32": (by_evaluator, (*work, False)),
+            "one by one": (one_by_one, work),
+            "pipeline": (by_pipeline, work),
+        },
+        options.rounds,
+        limit,
+    )
+    same_prompt = measure.take_turns(
+        {
+            "together": (by_evaluator, (options.model, [shared[1]] * CANDIDATES, shared[2], True)),
+            "apart": (apart, shared),
+        },
+        options.rounds,
+        limit,
+    )
+    print(measure.describe_machine(machine))
+    exact, summary = np.array(results["one by one"][0]["scores"]), {}
+    for group, texts in ((results, len(responses)), (same_prompt, CANDIDATES)):
+        first = next(iter(group))
+        rows = []
+        for name, turns in group.items():
+            each = summary[name] = {
+                "texts_per_second": texts / measure.median(turns, "seconds"),
+                "peak_memory": max(turn["peak_memory"] for turn in turns),
+                f"{first}_is_faster": measure.statistics.median(measure.ratios(group[first], turns)),
+            }
+            row = [name, f"{each['texts_per_second']:.1f}", f"{each['peak_memory'] / 2**30:.1f} GiB"]
+            row.append(f"{each[f'{first}_is_faster']:.2f}")
+            if group is results:
+                scores = turns[0]["scores"]
+                each["largest_difference"] = float(np.abs(np.array(scores) - exact).max())
+                each["accuracy"] = accuracy(scores)
+                row += [f"{each['largest_difference']:.1e}", f"{each['accuracy']:.4f}"]
+            rows.append(row)
+        header = ["", "texts/s", "peak memory", f"{first} is faster by", "largest difference", "accuracy"]
+        measure.print_table(header[: len(rows[0])], rows)
+    measure.write_figures(options.json, {"machine": machine, "summary": summary, "turns": results | same_prompt})
+
+
+if __name__ == "__main__":
+    run_script(main)

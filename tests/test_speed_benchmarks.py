@@ -1,0 +1,76 @@
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks import dataset_scaling, measure, training_speed
+from load_smollm_model import InputError
+
+
+def sleeper(turns, path, name, seconds):
+    for figures in turns:
+        with open(path, "a") as file:
+            file.write(f"{name} {os.getpid()}\n")
+        time.sleep(seconds)
+        figures["name"] = name
+
+
+def refuser(turns):
+    raise InputError("no data here")
+
+
+def sudden(turns):
+    next(turns)
+    os._exit(3)
+
+
+def test_contenders_take_turns_in_processes_of_their_own(tmp_path):
+    path = str(tmp_path / "turns")
+    work = {"quick": (sleeper, (path, "quick", 0.0)), "slow": (sleeper, (path, "slow", 0.3))}
+    results = measure.take_turns(work, rounds=3)
+    lines = [line.split() for line in Path(path).read_text().splitlines()]
+    assert [name for name, _ in lines] == ["quick", "slow"] * (measure.WARM_UP + 3)
+    assert len({process for _, process in lines}) == 2 and str(os.getpid()) not in {process for _, process in lines}
+    assert {name: [turn["name"] for turn in turns] for name, turns in results.items()} == {
+        name: [name] * 3 for name in work
+    }
+    assert all(turn["seconds"] >= 0.3 and turn["peak_memory"] > 2**20 for turn in results["slow"])
+
+
+def test_time_that_is_over_ends_the_rounds(tmp_path):
+    results = measure.take_turns({"one": (sleeper, (str(tmp_path / "turns"), "one", 0.0))}, rounds=50, limit=0)
+    assert len(results["one"]) == 1
+
+
+@pytest.mark.parametrize("work, message", [(refuser, "no data here"), (sudden, "it ended before its time")])
+def test_a_contender_that_fails_is_named(work, message):
+    with pytest.raises(InputError, match=message):
+        measure.take_turns({"it": (work, ())}, rounds=1)
+
+
+def test_ratios_are_of_the_same_round():
+    ours, theirs = [{"seconds": 2.0}, {"seconds": 4.0}], [{"seconds": 3.0}, {"seconds": 10.0}]
+    assert measure.ratios(ours, theirs) == [1.5, 2.5]
+
+
+def test_figures_of_a_training_by_hand():
+    turns = [{"seconds": seconds, "peak_memory": seconds * 10} for seconds in (2.0, 4.0, 100.0)]
+    figures = training_speed.figures(turns, {"tokens": 50.0}, parameters=1000, rate=6e7)
+    assert figures == {
+        "seconds": 4.0, "pairs_per_second": 2.0, "tokens_per_second": 100.0, "rate_share": 0.01, "peak_memory": 1000.0
+    }  # fmt: skip
+
+
+def test_the_exponent_of_a_power_is_found():
+    sizes = [1, 10, 100, 1000]
+    assert dataset_scaling.exponent(sizes, [5.0, *(5 + 3 * size**1.5 for size in sizes[1:])]) == pytest.approx(1.5)
+
+
+def test_every_text_of_the_scaling_benchmark_is_another_one(tmp_path):
+    dataset_scaling.write_pairs(tmp_path / "pairs.jsonl", 200)
+    texts = (tmp_path / "pairs.jsonl").read_text().splitlines()
+    assert len(set(texts)) == 200
+    words = np.array([len(line.split()) for line in texts])
+    assert 110 < words.mean() < 170
