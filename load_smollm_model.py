@@ -653,9 +653,11 @@ def share_prefixes(model) -> bool:
         return False
     model.set_attn_implementation("tree")
 
-    def forward(input_ids: torch.Tensor, attention_mask: torch.Tensor, use_cache=False, return_dict=True, **others):
-        if any(value is not None for value in others.values()):
-            raise TypeError(f"a reward model that shares prefixes takes ids and mask alone, not {', '.join(others)}")
+    def forward(input_ids: torch.Tensor, attention_mask: torch.Tensor, **others):
+        # Others, such as TRL's margin, are without effect in the plain model too.
+        for name in ("inputs_embeds", "labels", "past_key_values", "position_ids"):
+            if others.get(name) is not None:
+                raise TypeError(f"a reward model that shares prefixes takes no {name}")
         tree = prefix_tree([row[kept].tolist() for row, kept in zip(input_ids, attention_mask.bool(), strict=True)])
         hidden = model.base_model(
             input_ids=tree.ids, position_ids=tree.positions, use_cache=False, tree=tree

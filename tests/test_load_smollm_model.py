@@ -540,6 +540,16 @@ def test_shared_prefixes_change_neither_rewards_nor_gradients(kind):
     assert torch.allclose(shared_gradient, gradient, atol=1e-5 * float(gradient.abs().max()))
 
 
+def test_a_sharing_model_refuses_what_it_would_not_heed(tiny_reward_model):
+    _, model = lsm.load_trained_reward_model(tiny_reward_model)
+    assert lsm.share_prefixes(model)
+    ids = torch.tensor([[5, 6, 7]])
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    assert torch.equal(model(**inputs, margin=torch.ones(1), labels=None).logits, model(**inputs).logits)
+    with pytest.raises(TypeError, match="takes no labels"):
+        model(**inputs, labels=torch.ones(1))
+
+
 def test_other_attentions_stay_as_they_are():
     windowed = AutoConfig.for_model("mistral", **SHAPE, sliding_window=4)
     gemma = AutoConfig.for_model("gemma", **SHAPE, head_dim=8)

@@ -885,6 +885,7 @@ def test_a_variant_runs_like_the_training(monkeypatch, tiny_model, processed, tm
     for variant in ("length_expert", "large_head", "lm_loss", "prompt_quarter", "prompt_three_quarters"):
         monkeypatch.setattr(trm, "load_processed", load_helpsteer_dataset.load_processed)
         monkeypatch.setattr(trm, "PairTrainer", trainer)
+        monkeypatch.setattr(trm, "share_prefixes", load_smollm_model.share_prefixes)
         monkeypatch.setattr(conversations, "PROMPT_SHARE", 0.5)
         monkeypatch.setattr(load_smollm_model, "HEAD_SCALE", 0.1)
         run_main(
