@@ -12,6 +12,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 import hypothesis
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import load_helpsteer_dataset
@@ -138,6 +139,17 @@ def flip_a_bit(path) -> None:
     content = bytearray(Path(path).read_bytes())
     content[-9] ^= 1
     Path(path).write_bytes(content)
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a saved model."""
+    return load_file(directory / "model.safetensors")
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    """Whether two saved models are bitwise the same."""
+    one, other = weights(one), weights(other)
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def run_main(module, monkeypatch, *arguments) -> None:

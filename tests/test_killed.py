@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import make_pairs, save_reward_model
+from conftest import make_pairs, same_weights, save_reward_model
 from datasets import load_from_disk
-from safetensors.torch import load_file
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import load_smollm_model
@@ -92,11 +91,6 @@ def kill_five_times(script: str, arguments: list[str], every: int) -> None:
     for _ in range(3):
         run_to_its_death(script, arguments, die_at_update, moments.randint(every + 1, 2 * every))
     run_to_its_death(script, arguments, die_while_saving, 2)
-
-
-def same_weights(one: Path, other: Path) -> bool:
-    weights, others = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
-    return weights.keys() == others.keys() and all(torch.equal(weights[name], others[name]) for name in weights)
 
 
 @pytest.fixture

@@ -11,9 +11,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import make_pairs, run_main, save_reward_model, torchrun
+from conftest import make_pairs, run_main, same_weights, save_reward_model, torchrun
 from datasets import Dataset
-from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import load_helpsteer_dataset
@@ -516,8 +515,7 @@ def test_a_stopped_run_ends_as_an_undisturbed_one(reinforce, monkeypatch, capsys
     monkeypatch.setattr(tr, "take_step", real)
     reinforce(output="stopped")
     assert "Resuming from" in capsys.readouterr().out
-    weights = [load_file(output / "model.safetensors") for output in (whole, stopped)]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert same_weights(whole, stopped)
     assert timeless(whole / "metrics.jsonl") == timeless(stopped / "metrics.jsonl")
     evaluations = [json.loads((output / "evaluation.json").read_text()) for output in (whole, stopped)]
     assert evaluations[0] == evaluations[1]
@@ -553,8 +551,7 @@ def test_more_steps_make_a_finished_run_longer(reinforce):
     assert len(timeless(output / "metrics.jsonl")) == 4
     reinforce("--steps", "6")
     assert timeless(whole / "metrics.jsonl") == timeless(output / "metrics.jsonl")
-    weights = [load_file(each / "model.safetensors") for each in (whole, output)]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    assert same_weights(whole, output)
     with pytest.raises(SystemExit) as ended:
         reinforce("--steps", "5")
     assert "has more updates than --steps 5" in str(ended.value.code)

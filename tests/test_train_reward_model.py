@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import datasets
 import pytest
 import torch
-from conftest import Poison, flip_a_bit, make_pairs, run_main, torchrun
+from conftest import Poison, flip_a_bit, make_pairs, run_main, same_weights, torchrun, weights
 from datasets import Dataset, load_from_disk
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import logsigmoid
@@ -30,15 +30,6 @@ from benchmarks import naive_recipe, variants
 from conversations import encode
 from load_smollm_model import InputError, load_reward_model, load_tokenizer
 from reward_model_demo import RewardModelEvaluator
-
-
-def weights(directory):
-    return load_file(directory / "model.safetensors")
-
-
-def same_weights(one, other):
-    one, other = weights(one), weights(other)
-    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
 def make_trainer(tiny_model, tmp_path, pairs, **options):
