@@ -1,3 +1,4 @@
+import math
 import subprocess
 import sys
 import threading
@@ -499,12 +500,18 @@ def test_greedy_answer_of_the_real_model(smollm, tokenizer):
 
 
 def test_prefix_tree_by_hand():
-    tree = lsm.prefix_tree([[1, 2, 3], [1, 2, 4, 5], [6], [1, 2]])
-    assert tree.ids.tolist() == [[1, 2, 3, 4, 5, 6]]
-    assert tree.positions.tolist() == [[0, 1, 2, 2, 3, 0]]
-    assert tree.paths.tolist() == [[0, 1, 2, 2], [0, 1, 3, 4], [5, 5, 5, 5], [0, 1, 1, 1]]
-    assert tree.ends.tolist() == [2, 4, 5, 1]
-    assert tree.ids[0][tree.paths].flatten()[tree.places].tolist() == tree.ids[0].tolist()
+    tree = lsm.prefix_tree([[1, 2, 3], [1, 2, 4, 5], [6], [1, 2], [1, 2, 4, 5], [1, 2, 4, 7]])
+    assert tree.ids.tolist() == [[1, 2, 3, 4, 5, 7, 6]]
+    assert tree.positions.tolist() == [[0, 1, 2, 2, 3, 3, 0]]
+    assert tree.ends.tolist() == [2, 4, 6, 1, 4, 5]
+    paths, masks = zip(*tree.branches, strict=True)
+    assert [[tree.ids[0, piece].tolist() for piece in path] for path in paths] == [
+        [[1, 2]], [[1, 2], [3]], [[1, 2], [4, 5]], [[1, 2], [4], [7]], [[6]],
+    ]  # fmt: skip
+    never = -math.inf
+    assert [mask if mask is None else mask.tolist() for mask in masks] == [
+        None, [[0, 0, 0]], [[0, 0, 0, never], [0, 0, 0, 0]], [[0, 0, 0, 0]], None,
+    ]  # fmt: skip
 
 
 SHAPE = {
