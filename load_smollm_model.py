@@ -589,8 +589,9 @@ def keep_head_in_fp32(model) -> None:
 class Branch(NamedTuple):
     """The tokens that one sequence adds to a tree."""
 
-    path: list[slice]  # where in the tree the whole sequence is, piece by piece; the last piece is what it adds
-    mask: torch.Tensor | None  # (added, whole length) 0 or -inf, added to the attention; None where all of it is new
+    size: int
+    path: list[tuple[int, int]]  # the whole sequence: so many of the first tokens of which branch, its own at the end
+    mask: torch.Tensor | None  # (size, whole length) 0 or -inf, added to the attention; None where all of it is new
 
 
 class Tree(NamedTuple):
@@ -608,31 +609,33 @@ def common_length(one: list[int], other: list[int]) -> int:
     return next(different, min(len(one), len(other)))
 
 
-def first_tokens(path: list[slice], count: int) -> list[slice]:
-    """The pieces of a path up to its token number `count`."""
-    pieces = []
-    for piece in path:
+def first_tokens(path: list[tuple[int, int]], count: int) -> list[tuple[int, int]]:
+    """The path of the first `count` tokens of a sequence."""
+    shorter = []
+    for branch, size in path:
         if count > 0:
-            pieces.append(slice(piece.start, min(piece.stop, piece.start + count)))
-            count -= piece.stop - piece.start
-    return pieces
+            shorter.append((branch, min(size, count)))
+            count -= size
+    return shorter
 
 
 def prefix_tree(sequences: list[list[int]]) -> Tree:
     """The tree of B sequences, none of them empty. In sorted order each one has its longest prefix with a neighbour."""
-    ids, positions, branches, ends = [], [], [], [0] * len(sequences)
+    ids, positions, branches, starts, ends = [], [], [], [], [0] * len(sequences)
     before, path = [], []
     for number in sorted(range(len(sequences)), key=sequences.__getitem__):
         sequence = sequences[number]
-        shared, size = common_length(before, sequence), len(sequence)
-        path = first_tokens(path, shared)
-        if shared < size:
-            path.append(slice(len(ids), len(ids) + size - shared))
-            later = torch.full((size - shared, size), -math.inf).triu(shared + 1) if shared else None
-            branches.append(Branch(list(path), later))
+        shared = common_length(before, sequence)
+        path, size = first_tokens(path, shared), len(sequence) - shared
+        if size:
+            path.append((len(branches), size))
+            mask = torch.full((size, shared + size), -math.inf).triu(shared + 1) if shared else None
+            branches.append(Branch(size, list(path), mask))
+            starts.append(len(ids))
             ids += sequence[shared:]
-            positions += range(shared, size)
-        ends[number] = path[-1].stop - 1
+            positions += range(shared, shared + size)
+        branch, last = path[-1]
+        ends[number] = starts[branch] + last - 1
         before = sequence
     return Tree(torch.tensor([ids]), torch.tensor([positions]), branches, torch.tensor(ends))
 
@@ -649,19 +652,23 @@ def tree_attention(module, query, key, value, attention_mask, *, tree: Tree, sca
     Returns:
         (1, N, heads, D) in the type of `query`, and no weights.
     """
-    exact = [each.float() for each in (query, key, value)]
+    sizes = [branch.size for branch in tree.branches]
+    queries, keys, values = (each.float().split(sizes, dim=2) for each in (query, key, value))
     with torch.autocast(query.device.type, enabled=False):
         outputs = [
             torch.nn.functional.scaled_dot_product_attention(
-                exact[0][:, :, path[-1]],
-                *(torch.cat([each[:, :, piece] for piece in path], dim=2) for each in exact[1:]),
-                attn_mask=mask,
-                is_causal=mask is None,
+                own,
+                *(
+                    torch.cat([each[number][:, :, :size] for number, size in branch.path], dim=2)
+                    for each in (keys, values)
+                ),
+                attn_mask=branch.mask,
+                is_causal=branch.mask is None,
                 dropout_p=dropout,
                 scale=scaling,
                 enable_gqa=True,
             )
-            for path, mask in tree.branches
+            for own, branch in zip(queries, tree.branches, strict=True)
         ]
     return torch.cat(outputs, dim=2).transpose(1, 2).to(query.dtype), None
 

@@ -504,14 +504,14 @@ def test_prefix_tree_by_hand():
     assert tree.ids.tolist() == [[1, 2, 3, 4, 5, 7, 6]]
     assert tree.positions.tolist() == [[0, 1, 2, 2, 3, 3, 0]]
     assert tree.ends.tolist() == [2, 4, 6, 1, 4, 5]
-    paths, masks = zip(*tree.branches, strict=True)
-    assert [[tree.ids[0, piece].tolist() for piece in path] for path in paths] == [
-        [[1, 2]], [[1, 2], [3]], [[1, 2], [4, 5]], [[1, 2], [4], [7]], [[6]],
-    ]  # fmt: skip
     never = -math.inf
-    assert [mask if mask is None else mask.tolist() for mask in masks] == [
-        None, [[0, 0, 0]], [[0, 0, 0, never], [0, 0, 0, 0]], [[0, 0, 0, 0]], None,
-    ]  # fmt: skip
+    assert [(size, path, mask if mask is None else mask.tolist()) for size, path, mask in tree.branches] == [
+        (2, [(0, 2)], None),
+        (1, [(0, 2), (1, 1)], [[0, 0, 0]]),
+        (2, [(0, 2), (2, 2)], [[0, 0, 0, never], [0, 0, 0, 0]]),
+        (1, [(0, 2), (2, 1), (3, 1)], [[0, 0, 0, 0]]),
+        (1, [(4, 1)], None),
+    ]
 
 
 SHAPE = {
