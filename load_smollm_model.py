@@ -570,6 +570,23 @@ def reward_head(model) -> torch.nn.Linear:
     return [each for each in model.modules() if isinstance(each, torch.nn.Linear) and each.out_features == 1][-1]
 
 
+def inner_linear_layers(model) -> list[torch.nn.Linear]:
+    """All linear layers but the head: what autocast computes in its own type, weights included."""
+    head = reward_head(model)
+    return [each for each in model.modules() if isinstance(each, torch.nn.Linear) and each is not head]
+
+
+@torch.no_grad()
+def round_weights(model, dtype: torch.dtype) -> None:
+    """Round the weights of the linear layers, which stay fp32, to values that `dtype` has.
+
+    Autocast computes with the rounded ones, so a model trained under it is theirs. In fp32 the others would give other
+    rewards than the training saw: rounding weights moves a reward several times as much as rounding activations does.
+    """
+    for layer in inner_linear_layers(model):
+        layer.weight.copy_(layer.weight.to(dtype))
+
+
 def keep_head_in_fp32(model) -> None:
     """Compute the head in fp32 under autocast too, where bf16 would round rewards to three digits and make ties."""
 

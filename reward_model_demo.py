@@ -30,6 +30,7 @@ from load_smollm_model import (
     autocast_dtype,
     check_prompt,
     first_line,
+    inner_linear_layers,
     load_trained_reward_model,
     pick_device,
     replace_file,
@@ -100,7 +101,7 @@ class RewardModelEvaluator:
         paths = [model_path] if isinstance(model_path, str | Path) else list(model_path)
         if not paths:
             raise ValueError("model_path names no directory")
-        self.members = [load_member(str(path), self.device, normalize) for path in paths]
+        self.members = [load_member(str(path), self.device, self.dtype, normalize) for path in paths]
         self.tokenizer, self.model, self.max_length = self.members[0][:3]
 
     # --- scores
@@ -286,8 +287,8 @@ class RewardModelEvaluator:
         return logits[:, 0].float().tolist()
 
 
-def load_member(path: str, device: torch.device, normalize: bool) -> Member:
-    """Load one trained reward model; see `RewardModelEvaluator`."""
+def load_member(path: str, device: torch.device, dtype: torch.dtype | None, normalize: bool) -> Member:
+    """Load one trained reward model, to compute in `dtype`; see `RewardModelEvaluator`."""
     tokenizer, model = load_trained_reward_model(path)
     mean, std = 0.0, 1.0
     if normalize:
@@ -297,6 +298,9 @@ def load_member(path: str, device: torch.device, normalize: bool) -> Member:
     longest = min(MAX_LENGTH, getattr(model.config, "max_position_embeddings", MAX_LENGTH))
     max_length = getattr(model.config, "reward_max_length", longest)
     shares = device.type == "cpu" and share_prefixes(model)
+    if dtype:
+        for layer in inner_linear_layers(model):
+            layer.weight.data = layer.weight.to(dtype)  # once, and not by autocast in every batch
     return Member(tokenizer, model.to(device), max_length, mean, std, shares)
 
 

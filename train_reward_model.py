@@ -73,6 +73,7 @@ from load_smollm_model import (
     pick_device,
     replace_directory,
     resolve_model,
+    round_weights,
     run_script,
     share_prefixes,
     sole_writer,
@@ -714,6 +715,11 @@ def train(trainer: PairTrainer, settings: dict[str, Any], fresh: bool) -> Watch:
     return watch
 
 
+def computing_type(config: RewardConfig) -> torch.dtype:
+    """What the linear layers are computed in."""
+    return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
+
+
 def run_figures(trainer: PairTrainer, watch: Watch) -> dict[str, Any]:
     """What the training did and how fast."""
     config, state = trainer.args, trainer.state
@@ -729,7 +735,7 @@ def run_figures(trainer: PairTrainer, watch: Watch) -> dict[str, Any]:
         "pairs_per_update": pairs_per_update,
         "candidates": len(saved) if config.load_best_model_at_end else 1,
         "best_checkpoint": Path(state.best_model_checkpoint or "").name or None,
-        "device": f"{DEVICE.type} ({'bf16' if config.bf16 else 'fp16' if config.fp16 else 'fp32'})",
+        "device": f"{DEVICE.type} ({str(computing_type(config)).removeprefix('torch.')})",
     }
 
 
@@ -780,6 +786,8 @@ def finish(
     if first:
         shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
     wait()
+    if not settings["use_peft"]:  # under LoRA base weights and adapter are rounded apart, not the merged ones
+        round_weights(trainer.model, computing_type(trainer.args))
     try:
         trainer.save_model(str(staging))
         if first and settings["use_peft"]:

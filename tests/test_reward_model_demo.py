@@ -133,6 +133,9 @@ def test_mixed_precision_moves_scores_only_slightly(tiny_reward_model, monkeypat
     one, other = (each.get_reward_scores(PROMPTS, RESPONSES) for each in (plain, mixed))
     assert one != other
     assert one == pytest.approx(other, abs=0.1)
+    assert {each.weight.dtype for each in load_smollm_model.inner_linear_layers(mixed.model)} == {torch.bfloat16}
+    plain.dtype = torch.bfloat16  # the weights are rounded by autocast then
+    assert plain.get_reward_scores(PROMPTS, RESPONSES) == other
 
 
 @pytest.mark.parametrize(

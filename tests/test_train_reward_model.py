@@ -301,6 +301,18 @@ def test_a_run_leaves_everything_promised(train, processed, tiny_model, capsys):
         RewardModelEvaluator(str(output))
 
 
+def test_the_weights_saved_are_those_computed_with(train):
+    output = train("--bf16", "true")
+    best = json.loads((output / "metrics.json").read_text())["best_checkpoint"]
+    saved, trained = weights(output), weights(output / "checkpoints" / best)
+    rounded = {name for name, values in saved.items() if torch.equal(values, values.bfloat16().float())}
+    assert saved.keys() - rounded >= {"model.embed_tokens.weight", "score.weight"}
+    for name, values in trained.items():
+        is_linear = "proj" in name
+        assert torch.equal(saved[name], values.bfloat16().float() if is_linear else values), name
+        assert not is_linear or (name in rounded and not torch.equal(saved[name], values)), name
+
+
 def test_the_best_checkpoint_is_the_one_kept(train, monkeypatch):
     accuracies = iter([0.5, 0.9, 0.4, 0.6])
     monkeypatch.setattr(trm, "pair_accuracy", lambda prediction: {"pair_accuracy": next(accuracies)})
