@@ -10,7 +10,8 @@ ours   the trainer of `train_reward_model.py` with its constants
 trl    `RewardTrainer` with the defaults of `RewardConfig` (bf16, gradient checkpointing), eight pairs a batch
 plain  fp32, every conversation padded to `max_length`, no checkpointing
 
-All get the token ids that this project makes, and the same pairs in the same order. A turn is one update with 8 pairs.
+All get the token ids that this project makes, the same pairs in the same order, and the same settings of the
+optimisation, so their losses are to be the same up to rounding. A turn is one update with 8 pairs.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from datasets import DatasetDict, load_from_disk
-from transformers import TrainerCallback
+from transformers import PrinterCallback, TrainerCallback
 from trl import RewardConfig, RewardTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -38,13 +39,17 @@ COLUMNS = ["chosen_ids", "rejected_ids"]
 
 
 class Turns(TrainerCallback):
-    """An update is a turn."""
+    """An update is a turn, and reports its loss."""
 
     def __init__(self, turns):
-        self.turns = turns
+        self.turns, self.figures = turns, {}
 
     def on_step_begin(self, args, state, control, **kwargs):
-        next(self.turns)
+        self.figures = next(self.turns)
+
+    def on_log(self, args, state, control, logs, **kwargs):
+        if "loss" in logs:
+            self.figures["loss"] = logs["loss"]
 
 
 def prepare(source: list[str] | None, model: str, max_length: int, directory: Path) -> None:
@@ -67,13 +72,12 @@ def run_ours(turns, directory: str, model: str) -> None:
     splits, metadata = load_processed(script.data)
     splits = DatasetDict(train=repeated(splits["train"], UPDATES * PAIRS_PER_UPDATE), validation=splits["validation"])
     trainer = ours.build_trainer(script, config, lora, splits, metadata, resolve_model(model))
-    trainer.add_callback(Turns(turns))
-    train(trainer)
+    train(trainer, turns)
 
 
 QUIET = [
     *("--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false", "--report_to", "none"),
-    *("--disable_tqdm", "true", "--logging_strategy", "no"),
+    *("--disable_tqdm", "true", "--logging_steps", "1"),
 ]
 
 
@@ -85,17 +89,20 @@ def run_theirs(turns, directory: str, model: str, options: dict[str, Any]) -> No
         model=load_reward_model(source, tokenizer.pad_token_id),
         args=RewardConfig(
             output_dir=f"{directory}/theirs", per_device_train_batch_size=PAIRS_PER_UPDATE, save_strategy="no",
-            report_to="none", disable_tqdm=True, logging_strategy="no", seed=ours.SEED,
-            use_cpu=ours.DEVICE.type == "cpu", **options,
+            report_to="none", disable_tqdm=True, logging_steps=1, use_cpu=ours.DEVICE.type == "cpu", seed=ours.SEED,
+            learning_rate=ours.LEARNING_RATE, lr_scheduler_type=ours.LR_SCHEDULER_TYPE, warmup_steps=ours.WARMUP_STEPS,
+            num_train_epochs=ours.NUM_TRAIN_EPOCHS, center_rewards_coefficient=ours.CENTER_REWARDS_COEFFICIENT,
+            weight_decay=ours.WEIGHT_DECAY, max_grad_norm=ours.MAX_GRAD_NORM, **options,
         ),
         train_dataset=repeated(pairs, UPDATES * PAIRS_PER_UPDATE).select_columns(COLUMNS),
         processing_class=tokenizer,
-        callbacks=[Turns(turns)],
     )  # fmt: skip
-    train(trainer)
+    train(trainer, turns)
 
 
-def train(trainer) -> None:
+def train(trainer, turns) -> None:
+    trainer.add_callback(Turns(turns))
+    trainer.remove_callback(PrinterCallback)
     with contextlib.suppress(StopIteration):
         trainer.train()
 
@@ -111,7 +118,10 @@ def tokens_per_pair(directory: Path) -> dict[str, float]:
 
 
 def figures(turns: list[measure.Turn], tokens: dict[str, float], parameters: int, rate: float) -> dict[str, float]:
-    """Medians over the turns; `rate_share` counts all tokens of the data, whether or not they had to be computed."""
+    """Medians over the turns; `rate_share` counts all tokens of the data, whether or not they had to be computed.
+
+    A token costs 6 operations a parameter (arXiv 2001.08361).
+    """
     seconds = measure.median(turns, "seconds")
     per_second = PAIRS_PER_UPDATE / seconds
     return {
@@ -121,6 +131,11 @@ def figures(turns: list[measure.Turn], tokens: dict[str, float], parameters: int
         "rate_share": 6 * parameters * per_second * tokens["tokens"] / rate,
         "peak_memory": max(turn["peak_memory"] for turn in turns),
     }
+
+
+def loss_difference(ours: list[measure.Turn], theirs: list[measure.Turn]) -> float:
+    """The largest difference between the losses of the same update."""
+    return max(abs(own["loss"] - other["loss"]) for own, other in zip(ours, theirs, strict=True))
 
 
 def main() -> None:
@@ -153,14 +168,19 @@ def main() -> None:
         each = summary[name] = figures(turns, tokens, parameters, machine[rates[name]])
         ratio = measure.statistics.median(measure.ratios(results["ours"], turns))
         each["ours_is_faster"] = ratio
+        each["loss_difference"] = loss_difference(results["ours"], turns)
         rows.append(
             [name, f"{each['pairs_per_second']:.2f}", f"{each['tokens_per_second']:,.0f}", f"{each['rate_share']:.2f}",
-             f"{each['peak_memory'] / 2**30:.1f} GiB", f"{ratio:.2f}"]
+             f"{each['peak_memory'] / 2**30:.1f} GiB", f"{ratio:.2f}", f"{each['loss_difference']:.4f}"]
         )  # fmt: skip
-    measure.print_table(["", "pairs/s", "tokens/s", "share of the rate", "peak memory", "ours is faster by"], rows)
+    measure.print_table(
+        ["", "pairs/s", "tokens/s", "share of the rate", "peak memory", "ours is faster by", "loss differs by"], rows
+    )
+    once = tokens["tokens_shared"] / tokens["tokens"]
     print(
         f"{len(results['ours'])} updates each; a pair has {tokens['tokens']:.0f} tokens, "
-        f"{tokens['tokens_shared']:.0f} with the common prefix counted once"
+        f"{tokens['tokens_shared']:.0f} with the common prefix counted once, "
+        f"as ours computes it: {summary['ours']['rate_share'] * once:.2f} of the rate"
     )
     measure.write_figures(options.json, {"machine": machine, **tokens, "summary": summary, "turns": results})
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import make_pairs
 
 from benchmarks import dataset_scaling, measure, training_speed
 from load_smollm_model import InputError
@@ -61,6 +62,24 @@ def test_figures_of_a_training_by_hand():
     assert figures == {
         "seconds": 4.0, "pairs_per_second": 2.0, "tokens_per_second": 100.0, "rate_share": 0.01, "peak_memory": 1000.0
     }  # fmt: skip
+
+
+def test_our_losses_are_those_of_plain_trl(tiny_model, tmp_path, write_jsonl, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["training_speed.py"])
+    monkeypatch.setattr(training_speed, "UPDATES", 24)  # fewer would have no warm-up
+    monkeypatch.setattr(training_speed, "QUIET", [*training_speed.QUIET, "--bf16", "false"])
+    monkeypatch.setattr(training_speed.ours, "LEARNING_RATE", 3e-3)
+    training_speed.prepare([str(write_jsonl(make_pairs(40)))], str(tiny_model), 64, tmp_path)
+    ours, trl, plain = ([{} for _ in range(24)] for _ in range(3))
+    unpadded = {"bf16": False}
+    padded = {**unpadded, "gradient_checkpointing": False, "pad_to_multiple_of": 64}
+    training_speed.run_ours(iter(ours), str(tmp_path), str(tiny_model))
+    training_speed.run_theirs(iter(trl), str(tmp_path), str(tiny_model), unpadded)
+    training_speed.run_theirs(iter(plain), str(tmp_path), str(tiny_model), padded)
+    assert abs(ours[0]["loss"] - ours[-1]["loss"]) > 0.1
+    for theirs in (trl, plain):
+        assert training_speed.loss_difference(ours, theirs) < 1e-3
+    assert training_speed.loss_difference(ours, ours[::-1]) > 0.1
 
 
 def test_the_exponent_of_a_power_is_found():
