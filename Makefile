@@ -33,7 +33,7 @@ align: $(SETUP)
 test: $(SETUP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist worksteal
 
 soak: $(SETUP)
 	$(BIN)/python -m pytest -m slow -s

@@ -10,15 +10,15 @@ A million pairs need 2 GB of disk and, at the speed of a laptop, half an hour; t
 """
 
 import argparse
+import contextlib
 import json
-import os
-import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
@@ -30,6 +30,7 @@ from load_smollm_model import InputError, run_script
 
 VOCABULARY = 20_000  # made-up words
 WORDS = {"prompt": 20, "chosen": 60, "rejected": 60}  # of a text; its length varies by a factor of 2 around that
+POLL_SECONDS = 0.05  # between two looks at the memory
 
 
 def words(generator: np.random.Generator) -> np.ndarray:
@@ -50,21 +51,29 @@ def write_pairs(path: Path, count: int) -> None:
             file.write(json.dumps(pair) + "\n")
 
 
+def own_memory(process: psutil.Process) -> int:
+    """Bytes that only this process can have: without the pages of mapped files, which the kernel may drop (Linux)."""
+    info = process.memory_info()
+    return info.rss - getattr(info, "shared", 0)
+
+
 def measure_preparation(source: Path, output: Path) -> dict[str, float]:
-    """Seconds and peak memory (bytes) of `load_helpsteer_dataset.py`.
+    """Seconds and peak memory (bytes, its own and with mapped files) of `load_helpsteer_dataset.py`.
 
     Raises:
         InputError: it failed.
     """
     command = [sys.executable, load_helpsteer_dataset.__file__, "--source", str(source), "--output", str(output)]
-    started = time.perf_counter()
+    started, own, resident = time.perf_counter(), 0, 0
     with (output.parent / "log").open("w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log)
-        _, status, used = os.wait4(process.pid, 0)
-    if status:
+        process = psutil.Popen(command, stdout=log, stderr=log)
+        while process.poll() is None:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                own, resident = max(own, own_memory(process)), max(resident, process.memory_info().rss)
+            time.sleep(POLL_SECONDS)
+    if process.returncode:
         raise InputError(f"load_helpsteer_dataset.py failed: {(output.parent / 'log').read_text()[-500:].strip()}")
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {"seconds": time.perf_counter() - started, "peak_memory": used.ru_maxrss * unit}
+    return {"seconds": time.perf_counter() - started, "peak_memory": own, "peak_with_files": resident}
 
 
 def exponent(sizes: list[int], seconds: list[float]) -> float:
@@ -99,10 +108,10 @@ def main() -> None:
             rows.append({"pairs": count, **measure_preparation(source, Path(directory) / "processed")})
     table = [
         [f"{row['pairs']:,}", f"{row['seconds']:.1f}", f"{row['pairs'] / row['seconds']:,.0f}",
-         f"{row['peak_memory'] / 2**20:,.0f} MiB"]
+         f"{row['peak_memory'] / 2**20:,.0f} MiB", f"{row['peak_with_files'] / 2**20:,.0f} MiB"]
         for row in rows
     ]  # fmt: skip
-    measure.print_table(["pairs", "seconds", "pairs/s", "peak memory"], table)
+    measure.print_table(["pairs", "seconds", "pairs/s", "peak memory", "with mapped files"], table)
     if len(rows) > 2:
         slope = exponent([row["pairs"] for row in rows], [row["seconds"] for row in rows])
         print(f"time grows as size to the power of {slope:.2f} beyond the smallest size")

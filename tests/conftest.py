@@ -8,10 +8,13 @@ from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests never wait for a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # the processes that run tests are as many as the cores
 
 import hypothesis
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -24,9 +27,10 @@ hypothesis.settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")
-def smollm() -> str:
-    """Directory of the real SmolLM2-135M-Instruct."""
-    return load_smollm_model.resolve_model().path
+def smollm(tmp_path_factory) -> str:
+    """Directory of the real SmolLM2-135M-Instruct; one process converts it, the others wait."""
+    with FileLock(tmp_path_factory.getbasetemp().parent / "smollm.lock"):
+        return load_smollm_model.resolve_model().path
 
 
 @pytest.fixture(scope="session")
