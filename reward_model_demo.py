@@ -75,7 +75,7 @@ class RewardModelEvaluator:
         model_path: directory of a trained reward model; several directories are an ensemble.
         device: where to compute; by default CUDA, then MPS, then CPU.
         mixed_precision: compute in bf16 (fp16 on older GPUs) where the hardware has it: faster, and scores of a model
-            that was trained so move by less than 0.01. Off by default, so that scores are those of the plain fp32 model.
+            trained so move by less than 0.01. Off by default, so that scores are those of the plain fp32 model.
         normalize: shift and scale rewards by the mean and standard deviation that they had on the validation split of
             the training, each model by its own: 0 is then an average answer, 1 one standard deviation above it.
         std_penalty: standard deviations to subtract from the mean of an ensemble.

@@ -58,7 +58,7 @@ def own_memory(process: psutil.Process) -> int:
 
 
 def measure_preparation(source: Path, output: Path) -> dict[str, float]:
-    """Seconds and peak memory (bytes, its own and with mapped files) of `load_helpsteer_dataset.py`.
+    """Seconds of `load_helpsteer_dataset.py`, and bytes: peak memory, its own and with mapped files; what it wrote.
 
     Raises:
         InputError: it failed.
@@ -73,7 +73,12 @@ def measure_preparation(source: Path, output: Path) -> dict[str, float]:
             time.sleep(POLL_SECONDS)
     if process.returncode:
         raise InputError(f"load_helpsteer_dataset.py failed: {(output.parent / 'log').read_text()[-500:].strip()}")
-    return {"seconds": time.perf_counter() - started, "peak_memory": own, "peak_with_files": resident}
+    return {
+        "seconds": time.perf_counter() - started,
+        "peak_memory": own,
+        "peak_with_files": resident,
+        "written": sum(file.stat().st_size for file in output.rglob("*") if file.is_file()),
+    }
 
 
 def exponent(sizes: list[int], seconds: list[float]) -> float:
@@ -108,10 +113,11 @@ def main() -> None:
             rows.append({"pairs": count, **measure_preparation(source, Path(directory) / "processed")})
     table = [
         [f"{row['pairs']:,}", f"{row['seconds']:.1f}", f"{row['pairs'] / row['seconds']:,.0f}",
-         f"{row['peak_memory'] / 2**20:,.0f} MiB", f"{row['peak_with_files'] / 2**20:,.0f} MiB"]
+         f"{row['peak_memory'] / 2**20:,.0f} MiB", f"{row['peak_with_files'] / 2**20:,.0f} MiB",
+         f"{row['written'] / 2**20:,.0f} MiB"]
         for row in rows
     ]  # fmt: skip
-    measure.print_table(["pairs", "seconds", "pairs/s", "peak memory", "with mapped files"], table)
+    measure.print_table(["pairs", "seconds", "pairs/s", "peak memory", "with mapped files", "written"], table)
     if len(rows) > 2:
         slope = exponent([row["pairs"] for row in rows], [row["seconds"] for row in rows])
         print(f"time grows as size to the power of {slope:.2f} beyond the smallest size")
