@@ -4,7 +4,7 @@ In:  `processed_helpsteer/`, a trained reward model, and the SFT model.
 Out: a table on the terminal and, with `--json`, a file with all figures.
 
     python benchmarks/reinforce_speed.py
-    python benchmarks/reinforce_speed.py --completions 16 --max_new_tokens 32 --json reinforce_speed.json
+    python benchmarks/reinforce_speed.py --completions 32 --max_new_tokens 32 --json reinforce_speed.json
 
 Both sample as many completions for the same prompts, score them, and update the policy once a turn. They do not sample
 the same ones, so rates are per token.
@@ -27,6 +27,8 @@ from load_helpsteer_dataset import load_processed
 from load_smollm_model import load_trained_reward_model, resolve_model, run_script
 from reward_model_demo import MODEL_PATH
 from train_reinforce import Settings
+
+COMPLETIONS = 16  # an update; with the 32 of `train_reinforce.py` the plain loop needs more than 20 GB
 
 
 def open_run(settings: Settings):
@@ -82,9 +84,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default=DATA_DIR, help="default: %(default)s")
     parser.add_argument("--reward_model", default=MODEL_PATH, help="default: %(default)s")
-    default = Settings()
-    parser.add_argument("--completions", type=int, default=default.completions_per_step, help="an update")
-    parser.add_argument("--max_new_tokens", type=int, default=default.max_new_tokens, help="default: %(default)s")
+    parser.add_argument("--completions", type=int, default=COMPLETIONS, help="an update (default: %(default)s)")
+    length = Settings().max_new_tokens
+    parser.add_argument("--max_new_tokens", type=int, default=length, help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=5, help="updates each (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="file for the figures")
     options = parser.parse_args()
