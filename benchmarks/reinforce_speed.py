@@ -11,11 +11,14 @@ the same ones, so rates are per token.
 """
 
 import argparse
+import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -37,28 +40,41 @@ def open_run(settings: Settings):
     return train_reinforce.build_run(settings, accelerator, splits, resolve_model(settings.model).path)
 
 
+def timed(function: Callable, seconds: list[float]) -> Callable:
+    """The function, which then also notes how long each call took."""
+
+    def measured(*arguments, **options):
+        started = time.perf_counter()
+        try:
+            return function(*arguments, **options)
+        finally:
+            seconds.append(time.perf_counter() - started)
+
+    return measured
+
+
 def ours(turns, settings: Settings) -> None:
-    run = open_run(settings)
+    run, sampling = open_run(settings), []
+    train_reinforce.sample = timed(train_reinforce.sample, sampling)
     batches = train_reinforce.batches(run.prompts, settings.completions_per_step, settings.seed)
     for step, (figures, prompts) in enumerate(zip(turns, batches, strict=False), start=1):
         entry = train_reinforce.take_step(run, step, prompts, {})
-        figures["tokens"] = entry["length"] * settings.completions_per_step
+        figures |= {"tokens": entry["length"] * settings.completions_per_step, "sampling_seconds": sampling[-1]}
 
 
 def plain(turns, settings: Settings) -> None:
     """The same update as one writes it down first: fp32, one batch, every step over everything."""
-    run = open_run(settings)
+    run, sampling = open_run(settings), []
     tokenizer, policy, reference = run.tokenizer, run.policy, run.reference
+    generate = timed(policy.generate, sampling)
     _, judge = load_trained_reward_model(settings.reward_model)
     tokenizer.padding_side = "left"
     batches = train_reinforce.batches(run.prompts, settings.completions_per_step, settings.seed)
     for figures, prompts in zip(turns, batches, strict=False):
         inputs = tokenizer.pad({"input_ids": [prompt.ids for prompt in prompts]}, return_tensors="pt")
         width = inputs["input_ids"].shape[1]
-        started = time.perf_counter()
         with torch.no_grad():
-            ids = policy.generate(**inputs, generation_config=run.sampling)
-        figures["sampling_seconds"] = time.perf_counter() - started
+            ids = generate(**inputs, generation_config=run.sampling)
         mask = train_reinforce.completion_mask(ids[:, width:], run.sampling.eos_token_id)
         attention = torch.cat([inputs["attention_mask"], mask.long()], dim=1)
         with torch.no_grad():
@@ -71,13 +87,26 @@ def plain(turns, settings: Settings) -> None:
         torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.max_grad_norm)
         run.optimizer.step()
         run.optimizer.zero_grad()
-        figures["tokens"] = int(mask.sum())
+        figures |= {"tokens": int(mask.sum()), "sampling_seconds": sampling[-1]}
 
 
 def log_probs(model, ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
     """(B, L - 1) log-probabilities of all tokens but the first."""
     logits = model(ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1]
     return logits.log_softmax(dim=-1).gather(2, ids[:, 1:, None]).squeeze(2)
+
+
+def rates(turns: list[measure.Turn]) -> dict[str, float]:
+    """Median tokens per second of whole updates, of sampling alone, and of scoring and training alone."""
+    seconds = {
+        "": [turn["seconds"] for turn in turns],
+        "sampled_": [turn["sampling_seconds"] for turn in turns],
+        "trained_": [turn["seconds"] - turn["sampling_seconds"] for turn in turns],
+    }
+    tokens = [turn["tokens"] for turn in turns]
+    return {
+        f"{kind}tokens_per_second": statistics.median(np.divide(tokens, spent)) for kind, spent in seconds.items()
+    } | {"peak_memory": max(turn["peak_memory"] for turn in turns)}
 
 
 def main() -> None:
@@ -103,16 +132,12 @@ def main() -> None:
     print(measure.describe_machine(machine))
     rows, summary = [], {}
     for name, turns in results.items():
-        rates = [turn["tokens"] / turn["seconds"] for turn in turns]
-        each = summary[name] = {
-            "tokens_per_second": measure.statistics.median(rates),
-            "seconds": measure.median(turns, "seconds"),
-            "peak_memory": max(turn["peak_memory"] for turn in turns),
-        }
+        each = summary[name] = rates(turns)
         faster = summary["ours"]["tokens_per_second"] / each["tokens_per_second"]
-        memory = f"{each['peak_memory'] / 2**30:.1f} GiB"
-        rows.append([name, f"{each['tokens_per_second']:.0f}", f"{each['seconds']:.1f}", memory, f"{faster:.2f}"])
-    measure.print_table(["", "sampled and trained tokens/s", "s an update", "peak memory", "ours is faster by"], rows)
+        figures = (f"{each[f'{kind}tokens_per_second']:.0f}" for kind in ("", "sampled_", "trained_"))
+        rows.append([name, *figures, f"{each['peak_memory'] / 2**30:.1f} GiB", f"{faster:.2f}"])
+    header = ["", "tokens/s", "while sampling", "for the rest", "peak memory", "ours is faster by"]
+    measure.print_table(header, rows)
     measure.write_figures(options.json, {"machine": machine, "summary": summary, "turns": results})
 
 

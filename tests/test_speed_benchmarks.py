@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from conftest import make_pairs
 
-from benchmarks import dataset_scaling, measure, training_speed
+from benchmarks import dataset_scaling, measure, reinforce_speed, training_speed
 from load_smollm_model import InputError
 
 
@@ -61,6 +61,18 @@ def test_figures_of_a_training_by_hand():
     figures = training_speed.figures(turns, {"tokens": 50.0}, parameters=1000, rate=6e7)
     assert figures == {
         "seconds": 4.0, "pairs_per_second": 2.0, "tokens_per_second": 100.0, "rate_share": 0.01, "peak_memory": 1000.0
+    }  # fmt: skip
+
+
+def test_rates_of_reinforce_by_hand():
+    turns = [
+        {"tokens": 100, "seconds": 10.0, "sampling_seconds": 2.0, "peak_memory": 5},
+        {"tokens": 60, "seconds": 4.0, "sampling_seconds": 1.0, "peak_memory": 9},
+        {"tokens": 80, "seconds": 80.0, "sampling_seconds": 40.0, "peak_memory": 7},
+    ]
+    assert reinforce_speed.rates(turns) == {
+        "tokens_per_second": 10.0, "sampled_tokens_per_second": 50.0, "trained_tokens_per_second": 12.5,
+        "peak_memory": 9,
     }  # fmt: skip
 
 
