@@ -514,6 +514,12 @@ def _why_nothing(tally: Tally) -> str:
 # --- pairs become splits ---------------------------------------------------------------------------------------------
 
 
+def whole_columns(pairs: Dataset, names: list[str]) -> dict[str, np.ndarray]:
+    """(N,) each, read batch by batch: `datasets` takes a kilobyte a row to read a filtered dataset at once."""
+    batches = list(pairs.select_columns(names).with_format("numpy").iter(BATCH_SIZE))
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in names}
+
+
 def unique_pairs(pair_key: np.ndarray, swapped: np.ndarray) -> tuple[np.ndarray, int, int]:
     """Indices of pairs to keep: the first of equal ones, none of those that contradict each other.
 
@@ -670,7 +676,7 @@ def stream_processed(
     if not held_out:
         raise InputError(f"{source}: no usable validation pair; load_helpsteer_dataset.py --source names the reasons")
     pairs = Dataset.from_list(held_out, features=PAIR_FEATURES)
-    keys = pairs.select_columns(KEY_COLUMNS).with_format("numpy")[:]
+    keys = whole_columns(pairs, KEY_COLUMNS)
     splits = {
         "train": stream_ids(source, split, tokenizer, max_length, seed),
         "validation": tokenize_pairs(pairs, tokenizer, max_length, "validation"),
@@ -702,7 +708,7 @@ def percentiles(values: np.ndarray) -> dict[str, float]:
 def statistics(splits: DatasetDict) -> dict[str, Any]:
     """What the pairs look like and what the length rule did to them; shares are of pairs."""
     columns = [*COUNT_COLUMNS, "length", "chosen_rating", "rejected_rating"]
-    tables = {name: split.select_columns(columns).with_format("numpy")[:] for name, split in splits.items()}
+    tables = {name: whole_columns(split, columns) for name, split in splits.items()}
     joined = {name: np.concatenate([table[name] for table in tables.values()]) for name in columns}
     gap = (joined["chosen_rating"] - joined["rejected_rating"]).astype(float)
     gap = gap[~np.isnan(gap)]
@@ -735,7 +741,7 @@ def plot_lengths(splits: DatasetDict, max_length: int, path: Path) -> None:
     """Histogram of prompt and response lengths before the cut."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    tables = [split.select_columns(LENGTH_COLUMNS).with_format("numpy")[:] for split in splits.values()]
+    tables = [whole_columns(split, LENGTH_COLUMNS) for split in splits.values()]
     values = {
         name.removesuffix("_length"): np.concatenate([table[name] for table in tables]) for name in LENGTH_COLUMNS
     }
@@ -781,7 +787,7 @@ def prepare(options: argparse.Namespace, work: Path) -> tuple[DatasetDict, dict[
     sources, tally = open_sources(options.source, options.split), Tally()
     pairs = write_pairs(sources, work / "pairs.arrow", tally)
 
-    keys = pairs.select_columns(KEY_COLUMNS).with_format("numpy")[:]
+    keys = whole_columns(pairs, KEY_COLUMNS)
     kept, duplicates, contradicting = unique_pairs(keys["pair_key"], keys["swapped"])
     tally.drop("duplicate pair", duplicates)
     tally.drop("contradicting pair", contradicting)
