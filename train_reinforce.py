@@ -27,7 +27,7 @@ import pickle
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -491,6 +491,22 @@ def check_figures(figures: dict[str, float], step: int, max_kl: float) -> None:
         raise DivergedError(f"update {step}: the mean KL is {kl}; {REMEDY}")
 
 
+def found_by_all(act: Callable[[], Completions]) -> Completions:
+    """What `act` returns in this process.
+
+    Raises:
+        DivergedError: `act` raised one in any process; all raise it, so that none waits for another.
+    """
+    completions, problem = None, []
+    try:
+        completions = act()
+    except DivergedError as error:
+        problem = [str(error)]
+    if problems := gather_object(problem):
+        raise DivergedError(problems[0])
+    return completions
+
+
 def take_step(run: Run, step: int, prompts: Sequence[Prompt], baseline_state: dict[str, float]) -> dict[str, Any]:
     """Sample, score and update the policy once; `prompts` are this process's.
 
@@ -502,7 +518,7 @@ def take_step(run: Run, step: int, prompts: Sequence[Prompt], baseline_state: di
     prompts = sorted(prompts, key=lambda prompt: len(prompt.ids))  # micro-batches of similar lengths
     policy = accelerator.unwrap_model(run.policy)
     seed = step_seed(settings.seed, step, accelerator.process_index)
-    completions = sample(policy, run.tokenizer, prompts, run.sampling, run.dtype, seed)
+    completions = found_by_all(lambda: sample(policy, run.tokenizer, prompts, run.sampling, run.dtype, seed))
     scores = run.evaluator.get_reward_scores([prompt.messages for prompt in prompts], completions.texts)
     scores = torch.tensor(scores, dtype=torch.float32, device=accelerator.device)
     # Nothing was seen before the first step, and its KL is 0: its own mean reward is the baseline.
@@ -1090,8 +1106,7 @@ def open_run(
 
     Nothing of an earlier run is touched before everything was found and loaded.
     """
-    with accelerator.main_process_first():
-        source = resolve_model(settings.model)
+    source = resolve_model(settings.model)
     resolved = run_settings(settings, metadata, source.origin, accelerator.num_processes)
     run = build_run(settings, accelerator, splits, source.path)
     checkpoint = checkpoint_to_resume(output / "checkpoints", resolved, IGNORED_ON_RESUME, settings.fresh)

@@ -34,6 +34,7 @@ from datasets import Dataset, IterableDataset
 from matplotlib.figure import Figure
 from peft import PeftModel
 from safetensors import SafetensorError
+from torch.distributed.fsdp import MixedPrecisionPolicy
 from transformers import EvalPrediction, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 from trl import ModelConfig, RewardConfig, RewardTrainer, TrlParser, get_peft_config
@@ -202,20 +203,23 @@ def named_errors(checkpoint: str | None) -> Iterator[None]:
     """Let what libraries say of a checkpoint that can not be loaded become an `InputError`."""
     try:
         yield
+    except (torch.OutOfMemoryError, torch.distributed.DistError):
+        raise  # says nothing of the checkpoint
     except (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
         raise InputError(
             f"{checkpoint}: damaged, or of another model ({first_line(error)}); {CHECKPOINT_REMEDY}"
         ) from error
 
 
-class RowCollator(DataCollatorForPreference):
-    """TRL's collator; a batch also says which rows it is made of, where the pairs have a column `row`."""
+class PlaceCollator(DataCollatorForPreference):
+    """TRL's collator; a batch also says where its pairs come from. Those of a stream have no column `row`."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        batch = super().torch_call(examples)
-        if "row" in examples[0]:
-            batch["row"] = torch.tensor([example["row"] for example in examples])
-        return batch
+        places = [
+            f"row {example['row'] + 1} ({example['place']})" if "row" in example else example["place"]
+            for example in examples
+        ]
+        return {**super().torch_call(examples), "place": places}
 
 
 class PairTrainer(RewardTrainer):
@@ -226,16 +230,15 @@ class PairTrainer(RewardTrainer):
 
     def _set_signature_columns_if_needed(self):
         super()._set_signature_columns_if_needed()
-        if "row" not in self._signature_columns:
-            self._signature_columns.append("row")  # would be dropped from the batches otherwise
+        if "place" not in self._signature_columns:
+            self._signature_columns += ["row", "place"]  # would be dropped before the collator sees them
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        rows = inputs.pop("row", None)
+        places = inputs.pop("place", [])
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         # The same answer in all processes, so that all of them stop.
         if not self.accelerator.gather(loss.detach()).isfinite().all():
-            failed = [] if loss.isfinite() or rows is None else rows.tolist()
-            self.refuse("loss", gather_object(failed))
+            self.refuse("loss", gather_object([] if loss.isfinite() else places))
         return (loss, outputs) if return_outputs else loss
 
     def _get_grad_norm(self, model, grad_norm=None):
@@ -245,22 +248,20 @@ class PairTrainer(RewardTrainer):
             self.refuse("gradient", [])
         return norm
 
-    def refuse(self, figure: str, rows: list[int]) -> NoReturn:
+    def refuse(self, figure: str, places: list[str]) -> NoReturn:
         """Stop the run before it spoils the weights.
 
         Args:
             figure: what is not finite.
-            rows: of the training or validation pairs, counted from 0; only those of the batch concerned.
+            places: of the pairs of the batch concerned.
 
         Raises:
             InputError: always.
         """
-        training, update = self.model.training, self.state.global_step
-        split, pairs = ("train", self.train_dataset) if training else ("validation", self.eval_dataset)
-        places = dict(zip(pairs["row"], pairs["place"], strict=True)) if rows else {}
-        batch = ", ".join(f"{split} row {row + 1} ({places[row]})" for row in rows)
+        split, update = "train" if self.model.training else "validation", self.state.global_step + self.model.training
+        batch = f" at {', '.join(f'{split} {place}' for place in places)}" if places else ""
         raise InputError(
-            f"update {update + training}: the {figure} is not finite{' at ' if batch else ''}{batch}; "
+            f"update {update}: the {figure} is not finite{batch}; "
             "the last checkpoint is kept; start over (--fresh) with a lower --learning_rate or without such pairs"
         )
 
@@ -636,10 +637,9 @@ def with_rows(pairs: Dataset) -> Dataset:
     return pairs.add_column("row", np.arange(len(pairs)))
 
 
-def find_model(script: ScriptArguments, config: RewardConfig) -> ModelSource:
-    """The base model; the first process of a machine looks for it, and converts it if need be, before the others."""
-    with config.main_process_first(desc="finding the model"):
-        return resolve_model(script.model)
+def computing_type(config: RewardConfig) -> torch.dtype:
+    """What the linear layers are computed in."""
+    return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
 
 
 def build_trainer(
@@ -674,7 +674,7 @@ def build_trainer(
         trainer = PairTrainer(
             model=model,
             args=config,
-            data_collator=RowCollator(tokenizer.pad_token_id, config.pad_to_multiple_of),
+            data_collator=PlaceCollator(tokenizer.pad_token_id, config.pad_to_multiple_of),
             train_dataset=train_pairs,
             eval_dataset=eval_pairs,
             processing_class=tokenizer,
@@ -687,6 +687,11 @@ def build_trainer(
         if not config.report_to:
             raise
         raise InputError(f"--report_to {' '.join(config.report_to)}: {first_line(error)}") from error
+    if trainer.accelerator.is_fsdp2 and computing_type(config) != torch.float32:
+        # That of `accelerate` would round rewards, and sums of gradients, to what the layers are computed in.
+        trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=computing_type(config), reduce_dtype=torch.float32
+        )
     return trainer
 
 
@@ -713,11 +718,6 @@ def train(trainer: PairTrainer, settings: dict[str, Any], fresh: bool) -> Watch:
             )
         sys.exit(130)
     return watch
-
-
-def computing_type(config: RewardConfig) -> torch.dtype:
-    """What the linear layers are computed in."""
-    return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
 
 
 def run_figures(trainer: PairTrainer, watch: Watch) -> dict[str, Any]:
@@ -747,6 +747,7 @@ def save_merged(trainer: PairTrainer, source: ModelSource, directory: Path) -> N
     base = load_reward_model(source.path, trainer.processing_class.pad_token_id, trainer.args.seed)
     base.config.reward_max_length = trainer.model.config.reward_max_length
     merged = PeftModel.from_pretrained(base, directory).merge_and_unload()
+    round_weights(merged, computing_type(trainer.args))
     for adapter in directory.glob("adapter_*"):
         adapter.unlink()
     merged.save_pretrained(directory)
@@ -786,7 +787,7 @@ def finish(
     if first:
         shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
     wait()
-    if not settings["use_peft"]:  # under LoRA base weights and adapter are rounded apart, not the merged ones
+    if not settings["use_peft"]:
         round_weights(trainer.model, computing_type(trainer.args))
     try:
         trainer.save_model(str(staging))
@@ -819,7 +820,7 @@ def main() -> None:
     claim_output(output, script.model)
     prepared = None if script.streaming else load_processed(script.data)
     with held_output(output):
-        source = find_model(script, config)
+        source = resolve_model(script.model)
         splits, metadata = prepared or open_stream(script, config, source)
         trainer = build_trainer(script, config, lora, splits, metadata, source)
         settings = run_settings(script, config, lora, metadata, source.origin)

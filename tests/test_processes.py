@@ -2,14 +2,19 @@
 
 import csv
 import json
+import os
+import re
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
+import yaml
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from conftest import make_pairs, run_main, torchrun
-from safetensors.torch import load_file
+from conftest import make_pairs, run_main, torchrun, weights
 
 import load_helpsteer_dataset
 import train_reward_model
@@ -43,6 +48,12 @@ run_script(main)
 """
 
 
+TRAINING = [
+    *("--bf16", "false", "--optim", "sgd", "--learning_rate", "0.5", "--disable_tqdm", "true"),
+    *("--logging_steps", "1", "--eval_steps", "2", "--save_steps", "2"),
+]
+
+
 class Runs(NamedTuple):
     """What one process and two have left, and what the two printed."""
 
@@ -61,8 +72,7 @@ def runs(tmp_path_factory, tiny_model) -> Runs:
     def calls(output: Path) -> list[list[str]]:
         common = ["--model", tiny_model]
         data = ["--source", source, "--output", output / "data", "--max_length", "64"]
-        training = [*common, "--bf16", "false", "--optim", "sgd", "--learning_rate", "0.5", "--disable_tqdm", "true"]
-        training += ["--logging_steps", "1", "--eval_steps", "2", "--save_steps", "2"]
+        training = [*common, *TRAINING]
         prepared = [*training, "--data", output / "data", "--output_dir", output / "reward"]
         streamed = [
             *training,
@@ -112,9 +122,9 @@ def test_two_processes_train_as_one(runs, output):
     assert max(losses) - min(losses) > 1e-2
     metrics = json.loads((two / "metrics.json").read_text())
     assert (metrics["pairs_per_update"], metrics["updates"]) == (8, len(losses))
-    weights = [load_file(each / "model.safetensors") for each in (one, two)]
-    assert weights[0].keys() == weights[1].keys()
-    assert all(torch.allclose(tensor, weights[1][name], atol=1e-4) for name, tensor in weights[0].items())
+    other = weights(two)
+    assert weights(one).keys() == other.keys()
+    assert all(torch.allclose(tensor, other[name], atol=1e-4) for name, tensor in weights(one).items())
 
 
 def test_every_pair_is_evaluated_once(runs):
@@ -136,6 +146,53 @@ def test_one_process_writes_and_decides(runs):
     assert not list(runs.two.rglob(".*"))
     files = [{str(path.relative_to(each)) for path in each.rglob("*")} for each in (runs.one, runs.two)]
     assert {name for name in files[0] ^ files[1] if "rng_state" not in name} == set()
+
+
+def train_sharded(tiny_model: str, data: Path, output: Path, *arguments: str) -> None:
+    """Train with the settings of `runs` in two processes that divide the weights, by the configuration for users."""
+    root = Path(train_reward_model.__file__).parent
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
+    launch += ["--config_file", root / "accelerate_configs" / "fsdp2.yaml", root / "tests" / "sharded.py"]
+    training = [train_reward_model.__file__, "--model", tiny_model, "--data", data, "--output_dir", output, *TRAINING]
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*map(str, launch), *map(str, training), *arguments], env=environment, capture_output=True)
+    assert not done.returncode, done.stderr[:4000].decode()
+
+
+def test_fsdp_trains_as_one_process_and_resumes(runs, tiny_model, tmp_path, monkeypatch):
+    adam = ["--optim", "adamw_torch_fused", "--learning_rate", "1e-3"]  # what SGD leaves, `torch` can not load again
+    sharded, one = tmp_path / "sharded", tmp_path / "one"
+    train_sharded(tiny_model, runs.one / "data", sharded, *adam)
+    common = ["--model", tiny_model, "--data", runs.one / "data", *TRAINING, *adam]
+    run_main(train_reward_model, monkeypatch, *common, "--output_dir", one)
+    losses = logged(one, "loss")
+    assert logged(sharded, "loss") == pytest.approx(losses, abs=2e-4) and max(losses) - min(losses) > 1e-2
+    assert logged(sharded, "eval_pair_accuracy") == logged(one, "eval_pair_accuracy")
+    whole = weights(sharded)
+    assert all(torch.allclose(tensor, whole[name], atol=1e-4) for name, tensor in weights(one).items())
+    shutil.rmtree(sharded / "checkpoints" / "checkpoint-4")
+    (sharded / "checkpoints" / "finished").unlink()
+    train_sharded(tiny_model, runs.one / "data", sharded, *adam)
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in weights(sharded).items())
+
+
+def test_fsdp_in_bf16_keeps_rewards_in_fp32(runs, tiny_model, tmp_path):
+    train_sharded(tiny_model, runs.one / "data", tmp_path / "sharded", "--bf16", "true")
+    losses = logged(tmp_path / "sharded", "loss")
+    assert losses == pytest.approx(logged(runs.one / "reward", "loss"), abs=2e-2)
+    rounded = torch.tensor(losses).bfloat16().tolist()
+    assert losses != pytest.approx(rounded, abs=2e-4)  # the log has four digits
+
+
+def test_an_update_can_be_divided_as_the_configurations_say(monkeypatch):
+    for path in (Path(train_reward_model.__file__).parent / "accelerate_configs").glob("*.yaml"):
+        text = path.read_text()
+        flags = re.findall(r"(--per_device_train_batch_size|--gradient_accumulation_steps) (\d+)", text)
+        _, config, _ = train_reward_model.parse_settings([part for flag in flags for part in flag])
+        processes = yaml.safe_load(text)["num_processes"]
+        monkeypatch.setattr(type(config), "world_size", processes)
+        train_reward_model.share_update(config)
+        assert processes * config.per_device_train_batch_size * config.gradient_accumulation_steps >= 8
 
 
 @pytest.mark.parametrize("name, kind", [

@@ -727,7 +727,7 @@ def test_a_lora_model_is_merged_and_scores_as_before_saving(train, processed, mo
 def test_lora_trains_adapters_and_head_alone(tiny_model, processed, tmp_path):
     arguments = ["--model", tiny_model, "--output_dir", str(tmp_path), "--bf16", "false", "--use_peft"]
     script, config, lora = trm.parse_settings(arguments)
-    source = trm.find_model(script, config)
+    source = trm.resolve_model(script.model)
     trainer = trm.build_trainer(script, config, lora, *trm.load_processed(processed), source)
     trained = {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     assert all("lora_" in name or "score" in name for name in trained)
