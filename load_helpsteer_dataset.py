@@ -57,6 +57,7 @@ from load_smollm_model import (
     InputError,
     ModelSource,
     check_files,
+    decided_by_first,
     first_line,
     hub_reachable,
     is_first_process,
@@ -839,10 +840,12 @@ def digest(pair_key: np.ndarray, swapped: np.ndarray) -> str:
 def load_processed(directory: str) -> tuple[DatasetDict, dict[str, Any]]:
     """Splits and metadata of a directory that this script wrote.
 
+    Of several processes, which all have to call this, the first one looks for damage.
+
     Raises:
         InputError: nothing there, not complete, damaged, or of another version.
     """
-    check_files(directory, "run load_helpsteer_dataset.py again")
+    decided_by_first(lambda: check_files(directory, "run load_helpsteer_dataset.py again"))
     try:
         metadata = json.loads((Path(directory) / "metadata.json").read_text(encoding="utf-8"))
         splits = load_from_disk(directory)

@@ -439,11 +439,11 @@ def converted_weights(version: str) -> Path:
         InputError: it can not be written.
     """
     target = Path(huggingface_hub.constants.HF_HOME) / "converted" / f"{PACKAGE}-{version}"
-    if not (target / "config.json").is_file():
+    if not (target / CHECKSUMS).is_file():
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(target.with_name(f".{target.name}.converting")):
-                if not (target / "config.json").is_file():
+                if not (target / CHECKSUMS).is_file():
                     convert_packaged_weights(target)
         except OSError as error:
             raise InputError(f"{target}: can not be written ({first_line(error)}); set HF_HOME") from error

@@ -52,6 +52,7 @@ from load_smollm_model import (
     autocast,
     autocast_dtype,
     check_files,
+    decided_by_first,
     first_line,
     keep_freed_memory,
     load_sft_model,
@@ -587,7 +588,7 @@ def load_checkpoint(run: Run, checkpoint: str | None) -> dict[str, Any]:
     if not checkpoint:
         return {"step": 0, "baseline": {}}
     path = Path(checkpoint)
-    check_files(path, CHECKPOINT_REMEDY)
+    decided_by_first(lambda: check_files(path, CHECKPOINT_REMEDY))
     load_policy(run, path)
     try:
         run.optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu"))
@@ -1125,8 +1126,8 @@ def open_run(
 def main() -> None:
     settings = parse_settings()
     output = claim(settings)
-    splits, metadata = load_processed(settings.data)
     accelerator = build_accelerator(settings)
+    splits, metadata = load_processed(settings.data)
     with held_output(output):
         run, state, resolved = open_run(settings, accelerator, splits, metadata, output)
         log = train(run, output, state)

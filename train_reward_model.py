@@ -288,7 +288,7 @@ class PairTrainer(RewardTrainer):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self):
-        check_files(self.state.best_model_checkpoint, "--fresh starts over")
+        decided_by_first(lambda: check_files(self.state.best_model_checkpoint, "--fresh starts over"))
         super()._load_best_model()
 
     def _determine_best_metric(self, metrics, trial):
@@ -703,7 +703,7 @@ def train(trainer: PairTrainer, settings: dict[str, Any], fresh: bool) -> Watch:
     else:
         checkpoint = checkpoint_to_resume(Path(trainer.args.output_dir), settings, IGNORED_ON_RESUME, fresh)
     if checkpoint:
-        check_files(checkpoint, CHECKPOINT_REMEDY)
+        decided_by_first(lambda: check_files(checkpoint, CHECKPOINT_REMEDY))
     if checkpoint and first:
         print(f"Resuming from {checkpoint} (--fresh starts over).")
     with stop_requests() as stop_requested:

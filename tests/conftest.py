@@ -14,7 +14,6 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import hypothesis
 import pytest
 import torch
-from filelock import FileLock
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -27,10 +26,9 @@ hypothesis.settings.load_profile("suite")
 
 
 @pytest.fixture(scope="session")
-def smollm(tmp_path_factory) -> str:
-    """Directory of the real SmolLM2-135M-Instruct; one process converts it, the others wait."""
-    with FileLock(tmp_path_factory.getbasetemp().parent / "smollm.lock"):
-        return load_smollm_model.resolve_model().path
+def smollm() -> str:
+    """Directory of the real SmolLM2-135M-Instruct."""
+    return load_smollm_model.resolve_model().path
 
 
 @pytest.fixture(scope="session")

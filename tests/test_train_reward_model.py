@@ -599,6 +599,17 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_used(train, stop_after
     assert same_weights(whole, train(*SMALL, *rhythm))
 
 
+def test_errors_that_say_nothing_of_a_checkpoint_do_not_have_it_deleted():
+    with (
+        pytest.raises(InputError, match="some/checkpoint: damaged, or of another model"),
+        trm.named_errors("some/checkpoint"),
+    ):
+        raise RuntimeError("size mismatch")
+    for error in (torch.OutOfMemoryError, torch.distributed.DistNetworkError):
+        with pytest.raises(error), trm.named_errors("here"):
+            raise error("not enough")
+
+
 def test_a_damaged_best_checkpoint_is_not_published(train, monkeypatch, tmp_path):
     before = weights(train(*SMALL))
     accuracies = iter([0.9, 0.4])
@@ -695,6 +706,18 @@ def test_a_stream_trains_and_goes_on_without_prepared_data(train, stop_after, wr
         train(*flags, "--streaming", tmp_path / "nothing.jsonl", output="whole")
 
 
+def test_a_loss_that_is_not_finite_is_named_in_a_stream_too(train, tiny_model, write_jsonl, tmp_path):
+    pairs = make_pairs(30)
+    for pair in pairs:
+        pair["chosen"] = f"# {pair['chosen']}"
+    source = write_jsonl(pairs, "stream.jsonl")
+    base = with_a_poisoned_token(tiny_model, tmp_path / "poisoned", "#")
+    flags = ("--streaming", source, "--max_length", "64", "--max_steps", "6", *SMALL, "--model", base)
+    with pytest.raises(SystemExit, match="update 1: the loss is not finite at train") as ended:
+        train(*flags, "--eval_strategy", "no", "--save_strategy", "no", "--load_best_model_at_end", "false")
+    assert len(re.findall(r"train \S*stream\.jsonl row \d+", str(ended.value.code))) == 4
+
+
 # --- LoRA and other architectures ------------------------------------------------------------------------------------
 
 
@@ -722,6 +745,12 @@ def test_a_lora_model_is_merged_and_scores_as_before_saving(train, processed, mo
     settings = json.loads((output / "settings.json").read_text())
     assert settings["use_peft"] is True and settings["lora_r"] == 4
     assert "by LoRA, merged" in (output / "README.md").read_text()
+
+
+def test_a_lora_model_is_saved_as_it_is_computed_with(train):
+    saved = weights(train("--bf16", "true", "--use_peft", "--learning_rate", "1e-2"))
+    inner = {name: values for name, values in saved.items() if "proj" in name}
+    assert len(inner) == 14 and all(torch.equal(values, values.bfloat16().float()) for values in inner.values())
 
 
 def test_lora_trains_adapters_and_head_alone(tiny_model, processed, tmp_path):
