@@ -117,13 +117,15 @@ def main() -> None:
          f"{row['written'] / 2**20:,.0f} MiB"]
         for row in rows
     ]  # fmt: skip
+    machine = measure.machine()
+    print(measure.describe_machine(machine))
     measure.print_table(["pairs", "seconds", "pairs/s", "peak memory", "with mapped files", "written"], table)
     if len(rows) > 2:
         slope = exponent([row["pairs"] for row in rows], [row["seconds"] for row in rows])
         print(f"time grows as size to the power of {slope:.2f} beyond the smallest size")
     if options.plot:
         plot(rows, options.plot)
-    measure.write_figures(options.json, {"machine": measure.machine(), "sizes": rows})
+    measure.write_figures(options.json, {"machine": machine, "sizes": rows})
 
 
 if __name__ == "__main__":

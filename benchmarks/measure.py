@@ -29,6 +29,7 @@ WARM_UP = 1  # turns that are not counted
 TIME_LIMIT = 480  # seconds; the round that is under way then is the last one
 RATE_SHAPE = (2048, 576, 1536)  # of the matrix product: tokens, hidden and intermediate size of SmolLM2-135M
 RATE_REPEATS = 30
+FORWARD, TRAINING = 2, 6  # operations a token and parameter without embeddings (arXiv 2001.08361)
 
 Turn = dict[str, Any]
 
@@ -118,6 +119,11 @@ def ask(name: str, pipe: Connection) -> Turn:
 
 def median(values: list[Turn], name: str) -> float:
     return statistics.median(turn[name] for turn in values)
+
+
+def rate(values: list[Turn], name: str) -> float:
+    """Median of so many a second."""
+    return statistics.median(turn[name] / turn["seconds"] for turn in values)
 
 
 def ratios(ours: list[Turn], theirs: list[Turn]) -> list[float]:

@@ -62,7 +62,7 @@ def main() -> None:
     print(measure.describe_machine(machine))
     rows, summary = [], {}
     for shape, turns in results.items():
-        each = training_speed.figures(turns, tokens, parameters[shape], machine["bf16_rate"])
+        each = training_speed.figures(turns, parameters[shape], machine["bf16_rate"])
         summary[shape] = {"parameters": parameters[shape], **each}
         memory = f"{each['peak_memory'] / 2**30:.1f} GiB"
         rows.append(

@@ -27,10 +27,12 @@ import train_reinforce
 from benchmarks import measure
 from load_helpsteer_dataset import OUTPUT_DIR as DATA_DIR
 from load_helpsteer_dataset import load_processed
-from load_smollm_model import load_trained_reward_model, resolve_model, run_script
+from load_smollm_model import load_sft_model, load_trained_reward_model, resolve_model, run_script
 from reward_model_demo import MODEL_PATH
 from train_reinforce import Settings
 
+# Operations a parameter and token of a completion: sampling, judge and reference go forward, the gradient back as well.
+OPERATIONS = 3 * measure.FORWARD + measure.TRAINING
 COMPLETIONS = 16  # an update; with the 32 of `train_reinforce.py` the plain loop needs more than 20 GB
 
 
@@ -130,13 +132,17 @@ def main() -> None:
         )
         results = measure.take_turns({"ours": (ours, (settings,)), "plain": (plain, (settings,))}, options.rounds)
     print(measure.describe_machine(machine))
+    parameters = measure.body_parameters(load_sft_model(resolve_model(settings.model).path))
     rows, summary = [], {}
     for name, turns in results.items():
         each = summary[name] = rates(turns)
+        rate = machine["bf16_rate" if name == "ours" else "fp32_rate"]
+        each["rate_share"] = OPERATIONS * parameters * each["tokens_per_second"] / rate
         faster = summary["ours"]["tokens_per_second"] / each["tokens_per_second"]
         figures = (f"{each[f'{kind}tokens_per_second']:.0f}" for kind in ("", "sampled_", "trained_"))
-        rows.append([name, *figures, f"{each['peak_memory'] / 2**30:.1f} GiB", f"{faster:.2f}"])
-    header = ["", "tokens/s", "while sampling", "for the rest", "peak memory", "ours is faster by"]
+        memory = f"{each['peak_memory'] / 2**30:.1f} GiB"
+        rows.append([name, *figures, f"{each['rate_share']:.2f}", memory, f"{faster:.2f}"])
+    header = ["", "tokens/s", "while sampling", "for the rest", "share of the rate", "peak memory", "ours is faster by"]
     measure.print_table(header, rows)
     measure.write_figures(options.json, {"machine": machine, "summary": summary, "turns": results})
 

@@ -27,11 +27,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import measure
 from conversations import encode_batch
 from evaluate_reward_model import read_pairs
+from load_helpsteer_dataset import SAMPLE_FILE
 from load_smollm_model import load_trained_reward_model, pick_device, run_script
 from reward_model_demo import MODEL_PATH, RewardModelEvaluator
 
 CANDIDATES = 16
 CANDIDATE_TOKENS = 128  # of the prompt, and of each of its candidates
+IN_BF16 = {"bf16", "together", "apart"}
 
 
 def by_evaluator(turns, model: str, prompts: list, responses: list[str], mixed_precision: bool) -> None:
@@ -65,6 +67,13 @@ def by_pipeline(turns, model: str, prompts: list, responses: list[str]) -> None:
         figures["scores"] = [one["score"] for one in classify(texts, add_special_tokens=False)]
 
 
+def count_tokens(model: str, prompts: list, responses: list[str]) -> tuple[int, int]:
+    """Tokens of the conversations, and the parameters that a token meets."""
+    tokenizer, network = load_trained_reward_model(model)
+    encoded = encode_batch(tokenizer, prompts, responses, network.config.reward_max_length)
+    return sum(len(one.ids) for one in encoded), measure.body_parameters(network)
+
+
 def apart(turns, model: str, prompt: str, responses: list[str]) -> None:
     evaluator = RewardModelEvaluator(model, mixed_precision=True)
     for figures in turns:
@@ -92,14 +101,16 @@ def accuracy(scores: list[float]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=MODEL_PATH, help="trained reward model (default: %(default)s)")
-    parser.add_argument("--pairs", default="sample_data/helpsteer_sample.jsonl", help="default: %(default)s")
+    parser.add_argument("--pairs", default=str(SAMPLE_FILE), help="default: the sample")
     parser.add_argument("--limit", type=int, default=64, help="pairs (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=5, help="turns each (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="file for the figures")
     options = parser.parse_args()
-    pairs = read_pairs(options.pairs).select(range(options.limit))
+    pairs = read_pairs(options.pairs)
+    pairs = pairs.select(range(min(options.limit, len(pairs))))
     prompts, responses = [*pairs["prompt"], *pairs["prompt"]], [*pairs["chosen"], *pairs["rejected"]]
     work, shared = (options.model, prompts, responses), (options.model, *candidates(options.model))
+    together = (options.model, [shared[1]] * CANDIDATES, shared[2])
     machine = measure.machine()
     limit = measure.TIME_LIMIT / 2
     results = measure.take_turns(
@@ -114,7 +125,7 @@ def main() -> None:
     )
     same_prompt = measure.take_turns(
         {
-            "together": (by_evaluator, (options.model, [shared[1]] * CANDIDATES, shared[2], True)),
+            "together": (by_evaluator, (*together, True)),
             "apart": (apart, shared),
         },
         options.rounds,
@@ -122,16 +133,21 @@ def main() -> None:
     )
     print(measure.describe_machine(machine))
     exact, summary = np.array(results["one by one"][0]["scores"]), {}
-    for group, texts in ((results, len(responses)), (same_prompt, CANDIDATES)):
-        first = next(iter(group))
+    for group, inputs in ((results, work), (same_prompt, together)):
+        first, texts = next(iter(group)), len(inputs[2])
+        tokens, parameters = count_tokens(*inputs)
         rows = []
         for name, turns in group.items():
+            seconds = measure.median(turns, "seconds")
+            operations = measure.FORWARD * parameters * tokens / seconds
             each = summary[name] = {
-                "texts_per_second": texts / measure.median(turns, "seconds"),
+                "texts_per_second": texts / seconds,
+                "rate_share": operations / machine["bf16_rate" if name in IN_BF16 else "fp32_rate"],
                 "peak_memory": max(turn["peak_memory"] for turn in turns),
                 f"{first}_is_faster": measure.statistics.median(measure.ratios(group[first], turns)),
             }
-            row = [name, f"{each['texts_per_second']:.1f}", f"{each['peak_memory'] / 2**30:.1f} GiB"]
+            row = [name, f"{each['texts_per_second']:.1f}", f"{each['rate_share']:.2f}"]
+            row.append(f"{each['peak_memory'] / 2**30:.1f} GiB")
             row.append(f"{each[f'{first}_is_faster']:.2f}")
             if group is results:
                 scores = turns[0]["scores"]
@@ -139,7 +155,15 @@ def main() -> None:
                 each["accuracy"] = accuracy(scores)
                 row += [f"{each['largest_difference']:.1e}", f"{each['accuracy']:.4f}"]
             rows.append(row)
-        header = ["", "texts/s", "peak memory", f"{first} is faster by", "largest difference", "accuracy"]
+        header = [
+            "",
+            "texts/s",
+            "share of the rate",
+            "peak memory",
+            f"{first} is faster by",
+            "largest difference",
+            "accuracy",
+        ]
         measure.print_table(header[: len(rows[0])], rows)
     measure.write_figures(options.json, {"machine": machine, "summary": summary, "turns": results | same_prompt})
 

@@ -39,17 +39,18 @@ COLUMNS = ["chosen_ids", "rejected_ids"]
 
 
 class Turns(TrainerCallback):
-    """An update is a turn, and reports its loss."""
+    """An update is a turn, and reports its loss and its tokens."""
 
     def __init__(self, turns):
-        self.turns, self.figures = turns, {}
+        self.turns, self.figures, self.seen = turns, {}, 0
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.figures = next(self.turns)
 
     def on_log(self, args, state, control, logs, **kwargs):
         if "loss" in logs:
-            self.figures["loss"] = logs["loss"]
+            self.figures |= {"loss": logs["loss"], "tokens": logs["num_tokens"] - self.seen}
+            self.seen = logs["num_tokens"]
 
 
 def prepare(source: list[str] | None, model: str, max_length: int, directory: Path) -> None:
@@ -117,18 +118,17 @@ def tokens_per_pair(directory: Path) -> dict[str, float]:
     }
 
 
-def figures(turns: list[measure.Turn], tokens: dict[str, float], parameters: int, rate: float) -> dict[str, float]:
+def figures(turns: list[measure.Turn], parameters: int, rate: float) -> dict[str, float]:
     """Medians over the turns; `rate_share` counts all tokens of the data, whether or not they had to be computed.
 
     A token costs 6 operations a parameter (arXiv 2001.08361).
     """
-    seconds = measure.median(turns, "seconds")
-    per_second = PAIRS_PER_UPDATE / seconds
+    tokens_per_second = measure.rate(turns, "tokens")
     return {
-        "seconds": seconds,
-        "pairs_per_second": per_second,
-        "tokens_per_second": per_second * tokens["tokens"],
-        "rate_share": 6 * parameters * per_second * tokens["tokens"] / rate,
+        "seconds": measure.median(turns, "seconds"),
+        "pairs_per_second": PAIRS_PER_UPDATE / measure.median(turns, "seconds"),
+        "tokens_per_second": tokens_per_second,
+        "rate_share": measure.TRAINING * parameters * tokens_per_second / rate,
         "peak_memory": max(turn["peak_memory"] for turn in turns),
     }
 
@@ -165,7 +165,7 @@ def main() -> None:
     rates = {"ours": "bf16_rate", "trl": "bf16_rate", "plain": "fp32_rate"}
     rows, summary = [], {}
     for name, turns in results.items():
-        each = summary[name] = figures(turns, tokens, parameters, machine[rates[name]])
+        each = summary[name] = figures(turns, parameters, machine[rates[name]])
         ratio = measure.statistics.median(measure.ratios(results["ours"], turns))
         each["ours_is_faster"] = ratio
         each["loss_difference"] = loss_difference(results["ours"], turns)
