@@ -112,7 +112,6 @@ def main() -> None:
     work, shared = (options.model, prompts, responses), (options.model, *candidates(options.model))
     together = (options.model, [shared[1]] * CANDIDATES, shared[2])
     machine = measure.machine()
-    limit = measure.TIME_LIMIT / 2
     results = measure.take_turns(
         {
             "bf16": (by_evaluator, (*work, True)),
@@ -121,7 +120,7 @@ def main() -> None:
             "pipeline": (by_pipeline, work),
         },
         options.rounds,
-        limit,
+        measure.TIME_LIMIT * 3 / 4,
     )
     same_prompt = measure.take_turns(
         {
@@ -129,7 +128,7 @@ def main() -> None:
             "apart": (apart, shared),
         },
         options.rounds,
-        limit,
+        measure.TIME_LIMIT / 4,
     )
     print(measure.describe_machine(machine))
     exact, summary = np.array(results["one by one"][0]["scores"]), {}
