@@ -121,9 +121,9 @@ def median(values: list[Turn], name: str) -> float:
     return statistics.median(turn[name] for turn in values)
 
 
-def rate(values: list[Turn], name: str) -> float:
+def rate(counts: list[float], seconds: list[float]) -> float:
     """Median of so many a second."""
-    return statistics.median(turn[name] / turn["seconds"] for turn in values)
+    return statistics.median(count / spent for count, spent in zip(counts, seconds, strict=True))
 
 
 def ratios(ours: list[Turn], theirs: list[Turn]) -> list[float]:

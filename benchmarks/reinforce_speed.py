@@ -11,14 +11,12 @@ the same ones, so rates are per token.
 """
 
 import argparse
-import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -106,9 +104,9 @@ def rates(turns: list[measure.Turn]) -> dict[str, float]:
         "trained_": [turn["seconds"] - turn["sampling_seconds"] for turn in turns],
     }
     tokens = [turn["tokens"] for turn in turns]
-    return {
-        f"{kind}tokens_per_second": statistics.median(np.divide(tokens, spent)) for kind, spent in seconds.items()
-    } | {"peak_memory": max(turn["peak_memory"] for turn in turns)}
+    return {f"{kind}tokens_per_second": measure.rate(tokens, spent) for kind, spent in seconds.items()} | {
+        "peak_memory": max(turn["peak_memory"] for turn in turns)
+    }
 
 
 def main() -> None:

@@ -67,22 +67,14 @@ def by_pipeline(turns, model: str, prompts: list, responses: list[str]) -> None:
         figures["scores"] = [one["score"] for one in classify(texts, add_special_tokens=False)]
 
 
-def count_tokens(model: str, prompts: list, responses: list[str]) -> tuple[int, int]:
-    """Tokens of the conversations, and the parameters that a token meets."""
-    tokenizer, network = load_trained_reward_model(model)
-    encoded = encode_batch(tokenizer, prompts, responses, network.config.reward_max_length)
-    return sum(len(one.ids) for one in encoded), measure.body_parameters(network)
-
-
 def apart(turns, model: str, prompt: str, responses: list[str]) -> None:
     evaluator = RewardModelEvaluator(model, mixed_precision=True)
     for figures in turns:
         figures["scores"] = [evaluator.get_reward_score(prompt, response) for response in responses]
 
 
-def candidates(model: str) -> tuple[str, list[str]]:
+def candidates(tokenizer) -> tuple[str, list[str]]:
     """A prompt and its answers, each with about `CANDIDATE_TOKENS` tokens."""
-    tokenizer, _ = load_trained_reward_model(model)
     words = tokenizer.encode("a mountain village wakes slowly under snow while two old friends carry bread home ")
 
     def text(seed: int) -> str:
@@ -109,8 +101,11 @@ def main() -> None:
     pairs = read_pairs(options.pairs)
     pairs = pairs.select(range(min(options.limit, len(pairs))))
     prompts, responses = [*pairs["prompt"], *pairs["prompt"]], [*pairs["chosen"], *pairs["rejected"]]
-    work, shared = (options.model, prompts, responses), (options.model, *candidates(options.model))
-    together = (options.model, [shared[1]] * CANDIDATES, shared[2])
+    tokenizer, network = load_trained_reward_model(options.model)
+    parameters, max_length = measure.body_parameters(network), network.config.reward_max_length
+    del network
+    prompt, answers = candidates(tokenizer)
+    work, together = (options.model, prompts, responses), (options.model, [prompt] * CANDIDATES, answers)
     machine = measure.machine()
     results = measure.take_turns(
         {
@@ -125,7 +120,7 @@ def main() -> None:
     same_prompt = measure.take_turns(
         {
             "together": (by_evaluator, (*together, True)),
-            "apart": (apart, shared),
+            "apart": (apart, (options.model, prompt, answers)),
         },
         options.rounds,
         measure.TIME_LIMIT / 4,
@@ -133,14 +128,14 @@ def main() -> None:
     print(measure.describe_machine(machine))
     exact, summary = np.array(results["one by one"][0]["scores"]), {}
     for group, inputs in ((results, work), (same_prompt, together)):
-        first, texts = next(iter(group)), len(inputs[2])
-        tokens, parameters = count_tokens(*inputs)
+        first, encoded = next(iter(group)), encode_batch(tokenizer, *inputs[1:], max_length)
+        tokens = sum(len(one.ids) for one in encoded)
         rows = []
         for name, turns in group.items():
             seconds = measure.median(turns, "seconds")
             operations = measure.FORWARD * parameters * tokens / seconds
             each = summary[name] = {
-                "texts_per_second": texts / seconds,
+                "texts_per_second": len(encoded) / seconds,
                 "rate_share": operations / machine["bf16_rate" if name in IN_BF16 else "fp32_rate"],
                 "peak_memory": max(turn["peak_memory"] for turn in turns),
                 f"{first}_is_faster": measure.statistics.median(measure.ratios(group[first], turns)),

@@ -123,7 +123,7 @@ def figures(turns: list[measure.Turn], parameters: int, rate: float) -> dict[str
 
     A token costs 6 operations a parameter (arXiv 2001.08361).
     """
-    tokens_per_second = measure.rate(turns, "tokens")
+    tokens_per_second = measure.rate([turn["tokens"] for turn in turns], [turn["seconds"] for turn in turns])
     return {
         "seconds": measure.median(turns, "seconds"),
         "pairs_per_second": PAIRS_PER_UPDATE / measure.median(turns, "seconds"),

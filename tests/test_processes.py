@@ -155,7 +155,8 @@ def train_sharded(tiny_model: str, data: Path, output: Path, *arguments: str) ->
     launch += ["--config_file", root / "accelerate_configs" / "fsdp2.yaml", root / "tests" / "sharded.py"]
     training = [train_reward_model.__file__, "--model", tiny_model, "--data", data, "--output_dir", output, *TRAINING]
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*map(str, launch), *map(str, training), *arguments], env=environment, capture_output=True)
+    command = [*map(str, launch), *map(str, training), *arguments]
+    done = subprocess.run(command, env=environment, capture_output=True, timeout=900)
     assert not done.returncode, done.stderr[:4000].decode()
 
 
