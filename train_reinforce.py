@@ -266,6 +266,7 @@ class Prompt(NamedTuple):
 
     messages: Messages
     ids: list[int]
+    place: str  # the first pair with it, for messages
 
 
 class Completions(NamedTuple):
@@ -294,9 +295,12 @@ class Completions(NamedTuple):
 
 def unique_prompts(split: Dataset, tokenizer, max_length: int) -> list[Prompt]:
     """The different prompts of a split that have at most `max_length` tokens, in their order."""
-    messages = list({json.dumps(each): each for each in split["prompt"]}.values())
+    first = {}
+    for messages, place in zip(split["prompt"], split["place"], strict=True):
+        first.setdefault(json.dumps(messages), (messages, place))
     # `encode_prompt` would cut to half of its limit: with this one it shows which prompts are longer.
-    prompts = [Prompt(each, encode_prompt(tokenizer, each, 2 * (max_length + 1))) for each in messages]
+    limit = 2 * (max_length + 1)
+    prompts = [Prompt(messages, encode_prompt(tokenizer, messages, limit), place) for messages, place in first.values()]
     return [prompt for prompt in prompts if len(prompt.ids) <= max_length]
 
 
@@ -330,11 +334,22 @@ def sampling_config(settings: Settings, end_ids: list[int], pad_id: int) -> Gene
     )
 
 
-def refuse_non_finite(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+def named(places: Sequence[str]) -> str:
+    """Where prompts come from, for the end of a message; empty without any."""
+    return f" at {', '.join(places)}" if places else ""
+
+
+def refuse_non_finite(prompts: Sequence[Prompt]) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """Logits processor that changes nothing; drawing from NaN would end in an obscure error."""
-    if not logits.isfinite().all():
-        raise DivergedError(f"the policy's logits are not finite; {REMEDY}")
-    return logits
+
+    def refuse(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+        finite = logits.isfinite().all(dim=1).tolist()
+        if not all(finite):
+            places = [prompt.place for prompt, fine in zip(prompts, finite, strict=True) if not fine]
+            raise DivergedError(f"the policy's logits are not finite{named(places)}; {REMEDY}")
+        return logits
+
+    return refuse
 
 
 @torch.no_grad()
@@ -353,7 +368,10 @@ def sample(
     try:
         with autocast(device, dtype):
             ids = policy.generate(
-                ids, attention_mask=prompt_mask, generation_config=config, logits_processor=[refuse_non_finite]
+                ids,
+                attention_mask=prompt_mask,
+                generation_config=config,
+                logits_processor=[refuse_non_finite(prompts)],
             )
     finally:
         policy.generation_config = own
@@ -410,7 +428,7 @@ def part_distributions(run: Run, model, part: Completions) -> torch.Tensor:
 
 def accumulate_gradient(
     run: Run, completions: Completions, scores: torch.Tensor, baseline: float
-) -> dict[str, torch.Tensor]:
+) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
     """Add the REINFORCE gradient of B completions to the policy's, in micro-batches.
 
     Args:
@@ -418,11 +436,12 @@ def accumulate_gradient(
         baseline: b, the same for all.
 
     Returns:
-        Scalar fp32 sums over the completions of this process.
+        Scalar fp32 sums over the completions of this process, and (B,) the R of each.
     """
     settings, accelerator = run.settings, run.accelerator
     size, count = settings.micro_batch_size, len(scores)
     sums: dict[str, torch.Tensor] = {}
+    all_rewards = []
     for start in range(0, count, size):
         part, part_scores = completions.part(start, size), scores[start : start + size]
         last = start + size >= count
@@ -451,7 +470,8 @@ def accumulate_gradient(
             "ended": part.ended,
         }
         sums = {name: sums.get(name, 0) + value.float().sum() for name, value in values.items()}
-    return sums
+        all_rewards.append(rewards)
+    return sums, torch.cat(all_rewards)
 
 
 def step_figures(sums: dict[str, float], baseline: float) -> dict[str, float]:
@@ -478,15 +498,18 @@ def step_figures(sums: dict[str, float], baseline: float) -> dict[str, float]:
     }
 
 
-def check_figures(figures: dict[str, float], step: int, max_kl: float) -> None:
+def check_figures(figures: dict[str, float], step: int, max_kl: float, places: Sequence[str] = ()) -> None:
     """Stop before an update that starts from a spoiled policy, or would spoil it.
+
+    Args:
+        places: of the prompts whose R is not finite.
 
     Raises:
         DivergedError: a figure is not finite, or the policy is too far from the reference.
     """
     for name, value in figures.items():
         if not math.isfinite(value):
-            raise DivergedError(f"update {step}: {name} is {value}; {REMEDY}")
+            raise DivergedError(f"update {step}: {name} is {value}{named(places)}; {REMEDY}")
     if figures["kl"] > max_kl:
         kl = f"{figures['kl']:.1f} nats, above --max_kl {max_kl}"
         raise DivergedError(f"update {step}: the mean KL is {kl}; {REMEDY}")
@@ -527,11 +550,12 @@ def take_step(run: Run, step: int, prompts: Sequence[Prompt], baseline_state: di
     first = float(accelerator.reduce(first.mean(), "mean"))
     baseline = baseline_value(settings.baseline, baseline_state, first)
 
-    sums = accumulate_gradient(run, completions, scores, baseline)
+    sums, rewards = accumulate_gradient(run, completions, scores, baseline)
     totals = accelerator.reduce(torch.stack(list(sums.values())), "sum").tolist()
     figures = step_figures(dict(zip(sums, totals, strict=True)), baseline)
     figures["gradient_norm"] = float(accelerator.clip_grad_norm_(run.policy.parameters(), settings.max_grad_norm))
-    check_figures(figures, step, settings.max_kl)
+    spoiled = [prompt.place for prompt, fine in zip(prompts, rewards.isfinite().tolist(), strict=True) if not fine]
+    check_figures(figures, step, settings.max_kl, gather_object(spoiled))
     for group in run.optimizer.param_groups:
         group["lr"] = learning_rate(settings, step)
     run.optimizer.step()

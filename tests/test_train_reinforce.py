@@ -65,7 +65,9 @@ def make_run(policy, reference, judge=None, **changes) -> tr.Run:
     accelerator = Accelerator(cpu=True, mixed_precision="no")
     optimizer = torch.optim.AdamW(policy.parameters(), lr=settings.learning_rate, weight_decay=0.0)
     policy, optimizer = accelerator.prepare(policy, optimizer)
-    prompts = [tr.Prompt([{"role": "user", "content": "x"}], [1, *[3] * (number % 3)]) for number in range(64)]
+    prompts = [
+        tr.Prompt([{"role": "user", "content": "x"}], [1, *[3] * (number % 3)], f"row {number}") for number in range(64)
+    ]
     return tr.Run(
         settings=settings,
         accelerator=accelerator,
@@ -254,7 +256,7 @@ def test_samples_come_from_the_distribution_that_is_scored():
     for name, value in hostile.items():
         setattr(model.generation_config, name, value)
     config = tr.sampling_config(settings, [2], 0)
-    prompts = [tr.Prompt([], [1, 3, 5])] * 4000
+    prompts = [tr.Prompt([], [1, 3, 5], "")] * 4000
     sampled = tr.sample(model, DigitTokenizer(), prompts, config, None, seed=0)
     shares = torch.bincount(sampled.ids[:, -1], minlength=8) / len(prompts)
     expected = (model(torch.tensor([[1, 3, 5]])).logits[0, -1] / 1.5).softmax(dim=0)
@@ -266,22 +268,24 @@ def test_padding_on_the_left_changes_nothing():
     model = small_llama(8)
     config = tr.sampling_config(tr.Settings(max_new_tokens=6), [2], 0)
     config.do_sample, config.top_k, config.top_p = False, None, None  # greedy: comparable from batch to batch
-    prompts = [tr.Prompt([], [1, 3]), tr.Prompt([], [1, 4, 5, 6, 7, 3, 4])]
+    prompts = [tr.Prompt([], [1, 3], "row 1"), tr.Prompt([], [1, 4, 5, 6, 7, 3, 4], "row 2")]
     together = tr.sample(model, DigitTokenizer(), prompts, config, None, seed=0).texts
     assert together == [tr.sample(model, DigitTokenizer(), [each], config, None, seed=0).texts[0] for each in prompts]
 
 
 def test_prompts_are_unique_short_enough_and_open_the_answer(tokenizer):
     messages = [[{"role": "user", "content": content}] for content in ("Hi", "Hi", "word " * 60, "Name a colour.")]
-    prompts = tr.unique_prompts(Dataset.from_dict({"prompt": messages}), tokenizer, 32)
+    split = Dataset.from_dict({"prompt": messages, "place": ["row 1", "row 2", "row 3", "row 4"]})
+    prompts = tr.unique_prompts(split, tokenizer, 32)
     assert [prompt.messages[0]["content"] for prompt in prompts] == ["Hi", "Name a colour."]
+    assert [prompt.place for prompt in prompts] == ["row 1", "row 4"]
     for prompt in prompts:
         opened = tokenizer.apply_chat_template(prompt.messages, add_generation_prompt=True)["input_ids"]
         assert prompt.ids == opened
 
 
 def test_every_pass_sees_every_prompt_once():
-    prompts = [tr.Prompt([], [number]) for number in range(10)]
+    prompts = [tr.Prompt([], [number], "") for number in range(10)]
     drawn = [prompt.ids[0] for batch in itertools.islice(tr.batches(prompts, 4, seed=1), 5) for prompt in batch]
     assert sorted(drawn[:10]) == sorted(drawn[10:]) == list(range(10)) and drawn[:10] != drawn[10:]
 
@@ -308,7 +312,8 @@ def test_micro_batches_add_up_to_one_batch():
         policy = small_llama(8)
         run = make_run(policy, small_llama(8, 1), max_new_tokens=4, micro_batch_size=size)
         sampled = tr.sample(policy, run.tokenizer, run.prompts[:8], run.sampling, None, seed=3)
-        sums = tr.accumulate_gradient(run, sampled, torch.arange(8.0), 2.0)
+        sums, rewards = tr.accumulate_gradient(run, sampled, torch.arange(8.0), 2.0)
+        assert rewards.sum().item() == pytest.approx(sums["reward"].item(), abs=1e-4)
         gradients.append((flat(each.grad for each in policy.parameters()), sums))
     (whole, sums), (parts, other) = gradients
     assert torch.allclose(whole, parts, atol=1e-5) and whole.abs().max() > 1e-3
@@ -354,7 +359,10 @@ def test_one_step_of_the_real_model(smollm, tokenizer, tiny_model, tmp_path):
     )
     prompts = tr.unique_prompts(
         Dataset.from_dict(
-            {"prompt": [[{"role": "user", "content": text}] for text in ("Hi", "Name a colour, please.")]}
+            {
+                "prompt": [[{"role": "user", "content": text}] for text in ("Hi", "Name a colour, please.")],
+                "place": ["row 1", "row 2"],
+            }
         ),
         tokenizer,
         64,
@@ -381,7 +389,7 @@ def main():
     sampled = tr.sample(alone, run.tokenizer, run.prompts[:8], run.sampling, None, seed=3)
     mine = sampled.part(rank * 8 // world, 8 // world)
     scores = torch.arange(8.0)[rank * 8 // world :][: 8 // world]
-    sums = tr.accumulate_gradient(run, mine, scores, 2.0)
+    sums, _ = tr.accumulate_gradient(run, mine, scores, 2.0)
     total = run.accelerator.reduce(torch.stack(list(sums.values())), "sum")
     run.accelerator.clip_grad_norm_(run.policy.parameters(), 1e9)
     if rank == 0:
@@ -640,8 +648,32 @@ def test_logits_that_are_not_finite_stop_the_run():
     policy = small_llama(8)
     run = make_run(policy, small_llama(8), CountingJudge(5), max_new_tokens=4, learning_rate=1e37)
     state = tr.updated_baseline({}, tr.take_step(run, 1, run.prompts[:8], {})["reward"])
-    with pytest.raises(tr.DivergedError, match=r"logits are not finite; .*--learning_rate"):
+    with pytest.raises(tr.DivergedError, match=r"logits are not finite at row 0, .*row 7; .*--learning_rate"):
         tr.take_step(run, 2, run.prompts[:8], state)
+
+
+def test_logits_of_one_prompt_that_are_not_finite_name_its_row():
+    model = small_llama(8)
+    with torch.no_grad():
+        model.model.embed_tokens.weight[7] = math.inf
+        model.lm_head.weight[7] = 0
+    prompts = [tr.Prompt([], [1, token], f"row {token}") for token in (5, 7, 6)]
+    with pytest.raises(tr.DivergedError, match=r"logits are not finite at row 7; "):
+        tr.sample(model, DigitTokenizer(), prompts, tr.sampling_config(tr.Settings(max_new_tokens=1), [2], 0), None, 0)
+
+
+def test_a_score_that_is_not_finite_names_the_row_of_its_prompt():
+    policy = small_llama(8)
+    run = make_run(policy, small_llama(8), CountingJudge(5), max_new_tokens=4)
+    prompts = [prompt._replace(messages=[{"role": "user", "content": str(prompt.place)}]) for prompt in run.prompts[:8]]
+    judge = run.evaluator
+    judge.get_reward_scores = lambda messages, texts: [
+        math.inf if message[-1]["content"] == "row 4" else 0.0 for message in messages
+    ]
+    before = flat(policy.parameters())
+    with pytest.raises(tr.DivergedError, match=r"update 1: .* is (nan|inf) at row 4; "):
+        tr.take_step(run, 1, prompts, {})
+    assert torch.equal(before, flat(policy.parameters()))
 
 
 def test_what_one_process_finds_stops_all(monkeypatch):
