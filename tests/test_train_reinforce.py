@@ -648,7 +648,7 @@ def test_logits_that_are_not_finite_stop_the_run():
     policy = small_llama(8)
     run = make_run(policy, small_llama(8), CountingJudge(5), max_new_tokens=4, learning_rate=1e37)
     state = tr.updated_baseline({}, tr.take_step(run, 1, run.prompts[:8], {})["reward"])
-    with pytest.raises(tr.DivergedError, match=r"logits are not finite at row 0, .*row 7; .*--learning_rate"):
+    with pytest.raises(tr.DivergedError, match=r"logits are not finite at row \d.*; .*--learning_rate"):
         tr.take_step(run, 2, run.prompts[:8], state)
 
 
