@@ -16,7 +16,6 @@ import argparse
 import contextlib
 import itertools
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,7 +40,15 @@ from load_helpsteer_dataset import (
     pick_split,
 )
 from load_smollm_model import InputError, is_first_process, replace_directory, replace_file, run_script, write_text
-from reward_model_demo import MODEL_PATH, RewardModelEvaluator, bootstrap_interval, wins
+from reward_model_demo import (
+    MODEL_PATH,
+    RewardModelEvaluator,
+    bootstrap_interval,
+    check_templates,
+    rate_interval,
+    wilson_interval,
+    wins,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 PAIRS = OUTPUT_DIR  # processed directory, or any source of pairs
@@ -52,7 +59,6 @@ CONFIDENCE_BINS = 10  # of equal width between 0.5 and 1, for the calibration er
 
 OUTPUT_FILES = {"metrics.json", "rewards.csv", "report.txt", "plots"}  # of an evaluation
 PLOTTED_CATEGORIES = 20  # at most, the largest ones
-Z_95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
 CATEGORY_COLUMNS = ("category", "subset")  # names under which sources tell what kind of prompt a pair has
 
 # Arrays of equal length, one entry a pair: "pairs" (name of the source), "place" (its row there), "prompt_key" (hash of
@@ -163,16 +169,6 @@ def join_columns(tables: Sequence[Columns]) -> Columns:
 # --- columns become figures ------------------------------------------------------------------------------------------
 
 
-def wilson_interval(successes: float, n: int, z: float = Z_95) -> tuple[float, float]:
-    """Wilson score interval of a proportion (Wilson 1927); `successes` may count ties as half."""
-    if n == 0:
-        return 0.0, 1.0
-    share = successes / n
-    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
-    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
 def accuracy_with_interval(pair_wins: np.ndarray) -> dict[str, Any]:
     """n, mean of the wins (None without pairs) and its Wilson 95 % interval."""
     n = len(pair_wins)
@@ -267,7 +263,7 @@ def pair_metrics(columns: Columns) -> dict[str, Any]:
     bins = reliability(margins)
     return {
         **accuracy_with_interval(pair_wins),
-        "accuracy_interval_by_prompt": bootstrap_interval(pair_wins, columns["prompt_key"]),
+        "accuracy_interval_by_prompt": rate_interval(pair_wins, columns["prompt_key"]),
         "prompts": len(np.unique(columns["prompt_key"])),
         "ties": int((pair_wins == 0.5).sum()),
         "longer_wins": float(longer.mean()),
@@ -605,6 +601,8 @@ def main() -> None:
     options = parse_options()
     sources = {name: read_pairs(name, options.split) for name in options.pairs}
     evaluator = RewardModelEvaluator(options.model, mixed_precision=True)
+    for pairs in sources.values():
+        check_templates(evaluator, pairs["prompt"], pairs["place"])
     with evaluation_directory(options.output) as directory:
         results, columns = evaluate_sources(evaluator, options.model, sources)
         text = report(results)

@@ -238,9 +238,11 @@ def replace_file(path: str | Path):
     Missing directories are made.
 
     Raises:
-        InputError: not writable.
+        InputError: a directory, or not writable.
     """
     path = Path(path)
+    if path.is_dir():
+        raise InputError(f"{path}: is a directory; name a file")
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -481,16 +483,30 @@ def load_tokenizer(path: str):
     if not isinstance(tokenizer.chat_template, str):  # several, by name
         tokenizer.chat_template = tokenizer.get_chat_template()
     tokenizer.chat_template = plain_template(tokenizer.chat_template)
-    rendered = mark_control_tokens(tokenizer)
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
-        unused = [token for token in added if token not in rendered]
-        spare = [token for token in (PAD_TOKEN, tokenizer.unk_token, *unused) if token in tokenizer.get_vocab()]
-        spare = [token for token in spare if token != tokenizer.eos_token]
-        if not spare:
-            raise InputError(f"{path}: the tokenizer has no token besides eos that could serve as padding")
-        tokenizer.pad_token = spare[0]
+    tokenizer.pad_token = padding_token(tokenizer, mark_control_tokens(tokenizer))
     return tokenizer
+
+
+def padding_token(tokenizer, rendered: str) -> str:
+    """The tokenizer's pad token, or another one where it has none or pads with the end of a turn.
+
+    Args:
+        rendered: a conversation, as `mark_control_tokens` returns it; what it contains is no padding if possible.
+
+    Raises:
+        InputError: no token can serve as padding.
+    """
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return tokenizer.pad_token
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    unused = [token for token in added if token not in rendered]
+    spare = [token for token in (PAD_TOKEN, tokenizer.unk_token, *unused) if token in tokenizer.get_vocab()]
+    spare = [token for token in spare if token != tokenizer.eos_token]
+    if not spare:
+        raise InputError(
+            f"{tokenizer.name_or_path}: the tokenizer has no token besides eos that could serve as padding"
+        )
+    return spare[0]
 
 
 def mark_control_tokens(tokenizer) -> str:
@@ -572,14 +588,14 @@ def load_trained_reward_model(path: str):
     tokenizer = _load(AutoTokenizer, path)
     if not tokenizer.chat_template:
         raise InputError(f"{path}: the tokenizer has no chat template, so prompts can not be formatted")
-    mark_control_tokens(tokenizer)
+    rendered = mark_control_tokens(tokenizer)
     model, info = _load(AutoModelForSequenceClassification, path, dtype=torch.float32, output_loading_info=True)
     if info["missing_keys"]:
         raise InputError(f"{path}: has no trained reward head ({', '.join(sorted(info['missing_keys']))} missing)")
     if model.config.num_labels != 1:
         raise InputError(f"{path}: has {model.config.num_labels} labels, but a reward model has one")
     if model.config.pad_token_id is None:
-        model.config.pad_token_id = tokenizer.pad_token_id
+        model.config.pad_token_id = tokenizer.convert_tokens_to_ids(padding_token(tokenizer, rendered))
     keep_head_in_fp32(model)
     return tokenizer, model.eval()
 
@@ -676,6 +692,17 @@ def prefix_tree(sequences: list[list[int]]) -> Tree:
     return Tree(torch.tensor([ids]), torch.tensor([positions]), branches, torch.tensor(ends))
 
 
+def without_padding(ids: list[int], pad_token_id: int | None) -> list[int]:
+    """The tokens up to the one whose reward counts: `transformers` reads the last one that is not the pad token.
+
+    With a pad token that also ends a conversation (often it is the end token) that is not the last one.
+    """
+    size = len(ids)
+    while size > 1 and ids[size - 1] == pad_token_id:
+        size -= 1
+    return ids[:size]
+
+
 def tree_attention(module, query, key, value, attention_mask, *, tree: Tree, scaling: float, dropout: float = 0.0, **_):
     """Causal attention along the paths of a tree, for the attention interface of `transformers`.
 
@@ -730,7 +757,8 @@ def share_prefixes(model) -> bool:
         for name in ("inputs_embeds", "labels", "past_key_values", "position_ids"):
             if others.get(name) is not None:
                 raise TypeError(f"a reward model that shares prefixes takes no {name}")
-        tree = prefix_tree([row[kept].tolist() for row, kept in zip(input_ids, attention_mask.bool(), strict=True)])
+        rows = [row[kept].tolist() for row, kept in zip(input_ids, attention_mask.bool(), strict=True)]
+        tree = prefix_tree([without_padding(row, model.config.pad_token_id) for row in rows])
         hidden = model.base_model(
             input_ids=tree.ids, position_ids=tree.positions, use_cache=False, tree=tree
         ).last_hidden_state

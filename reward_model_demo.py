@@ -14,7 +14,7 @@ import argparse
 import itertools
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ import scipy.stats
 import torch
 from tqdm.auto import tqdm
 
-from conversations import Messages, encode_stream, parse_prompt, response_length, response_text
+from conversations import Messages, encode_prompt, encode_stream, parse_prompt, response_length, response_text
 from load_smollm_model import (
     InputError,
     autocast,
@@ -47,6 +47,7 @@ CHUNK = 1024  # lines of --file in memory at once
 RESAMPLES = 5000  # of a bootstrap interval or a permutation test
 # ---------------------------------------------------------------------------------------------------------------------
 
+Z_95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
 TIE = 1e-6  # rewards of one and the same input can differ by rounding, depending on its place in the batch
 CHUNK_DRAWS = 2**22  # random numbers in memory at once
 
@@ -137,7 +138,8 @@ class RewardModelEvaluator:
             with_std: return the spread of the ensemble's members as a second list.
 
         Raises:
-            TypeError, ValueError: as `conversations.encode_batch`; InputError for a reward that is not finite.
+            TypeError, ValueError: as `conversations.encode_batch`, or `batch_size` is below 1; InputError for a reward
+                that is not finite.
         """
         scores = self.get_member_scores(prompts, responses, batch_size, max_length, progress)
         combined = self.combine(scores).tolist()
@@ -154,9 +156,18 @@ class RewardModelEvaluator:
         """(M, N) rewards by each of the M members, float64; arguments and errors as `get_reward_scores`."""
         if isinstance(prompts, str) or isinstance(responses, str):
             raise TypeError("get_reward_scores takes lists; for one response use get_reward_score")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}, but must be at least 1")
         return np.array(
             [
-                self._score(member, prompts, responses, batch_size, max_length or member.max_length, progress)
+                self._score(
+                    member,
+                    prompts,
+                    responses,
+                    batch_size,
+                    member.max_length if max_length is None else max_length,
+                    progress,
+                )
                 for member in self.members
             ]
         ).reshape(len(self.members), len(responses))
@@ -178,7 +189,7 @@ class RewardModelEvaluator:
         Raises:
             ValueError: there are no responses.
         """
-        if not responses:
+        if not len(responses):
             raise ValueError("best_of_n needs at least one response")
         return self.compare_responses(prompt, responses)[0]
 
@@ -211,7 +222,7 @@ class RewardModelEvaluator:
             `n`; `win_rate`, the share of prompts at which A's answer has the higher reward (ties half), and
             `win_rate_interval`; `mean_difference`, reward of A minus reward of B, and `mean_difference_interval`;
             `p_value` of that difference (`paired_p_value`); `mean_length_a`, `mean_length_b` in characters, since a
-            reward model may prefer the longer answer. Intervals are 95 % (`bootstrap_interval`).
+            reward model may prefer the longer answer. Intervals are 95 % (`rate_interval`, `bootstrap_interval`).
 
         Raises:
             ValueError: the lists differ in length or are empty.
@@ -226,12 +237,12 @@ class RewardModelEvaluator:
         return {
             "n": len(prompts),
             "win_rate": float(won.mean()),
-            "win_rate_interval": bootstrap_interval(won, groups),
+            "win_rate_interval": rate_interval(won, groups),
             "mean_difference": float((a - b).mean()),
             "mean_difference_interval": bootstrap_interval(a - b, groups),
             "p_value": paired_p_value(a - b, groups),
-            "mean_length_a": float(np.mean([*map(response_length, responses_a)])),
-            "mean_length_b": float(np.mean([*map(response_length, responses_b)])),
+            "mean_length_a": float(np.mean([response_length(response_text(each)) for each in responses_a])),
+            "mean_length_b": float(np.mean([response_length(response_text(each)) for each in responses_b])),
         }
 
     def evaluate_conversation(self, turns: Sequence[tuple[str, str]]) -> list[float]:
@@ -242,6 +253,7 @@ class RewardModelEvaluator:
         """
         prompts: list[Messages] = []
         history: Messages = []
+        turns = list(turns)
         for prompt, response in turns:
             history = [*history, {"role": "user", "content": prompt}]
             prompts.append(history)
@@ -272,7 +284,10 @@ class RewardModelEvaluator:
             rows = [np.frombuffer(ids, ">i4").tolist() for ids in batch]
             scores.update(zip(batch, self._forward(member.model, rows), strict=True))
         if not all(map(math.isfinite, scores.values())):
-            raise InputError("the reward model returned a reward that is not finite: its weights are damaged")
+            raise InputError(
+                f"{member.model.name_or_path}: returned a reward that is not finite; its weights are damaged: "
+                "restore it or train it again"
+            )
         return [(scores[ids] - member.mean) / member.std for ids in inputs]
 
     def _forward(self, model, batch: list[list[int]]) -> list[float]:
@@ -313,11 +328,38 @@ def wins(scores: np.ndarray, others: np.ndarray) -> np.ndarray:
     return np.where(np.abs(margin) <= TIE, 0.5, (margin > 0).astype(float))
 
 
+def wilson_interval(successes: float, n: int, z: float = Z_95) -> tuple[float, float]:
+    """Wilson score interval of a proportion (Wilson 1927); `successes` may count ties as half."""
+    if n == 0:
+        return 0.0, 1.0
+    share = successes / n
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def rate_interval(values: np.ndarray, groups: Sequence | None = None) -> list[float] | None:
+    """95 % interval of a share: `bootstrap_interval`, and Wilson's where all groups are alike, such as 12 wins of 12.
+
+    Resamples of groups that do not differ do not either. Wilson's then takes each group as one observation.
+
+    Args:
+        values: (N,) between 0 and 1.
+        groups: as for `bootstrap_interval`.
+    """
+    bounds = bootstrap_interval(values, groups)
+    if bounds is None or bounds[1] - bounds[0] > 1e-9:
+        return bounds
+    count = len(group_sums(values, groups)[0])
+    return list(wilson_interval(float(np.mean(values)) * count, count))
+
+
 def bootstrap_interval(values: np.ndarray, groups: Sequence | None = None) -> list[float] | None:
-    """95 % percentile bootstrap interval of the mean (Efron 1979), drawing whole groups where they are given.
+    """95 % bootstrap interval of the mean by expanded percentiles, drawing whole groups where they are given.
 
     Pairs that share a prompt are not independent; drawn one by one they would make the interval too narrow
-    (cluster bootstrap: Field and Welsh 2007).
+    (cluster bootstrap: Field and Welsh 2007). With few groups the plain percentiles are too narrow as well; these are
+    moved outwards as Student's t is wider than the normal distribution (Hesterberg 2015, arXiv 1411.5279).
 
     Args:
         values: (N,) floats; for a paired comparison their differences.
@@ -329,6 +371,7 @@ def bootstrap_interval(values: np.ndarray, groups: Sequence | None = None) -> li
     sums, sizes = group_sums(values, groups)
     if len(sums) < 2:
         return None
+    tail = scipy.stats.norm.cdf(-math.sqrt(len(sums) / (len(sums) - 1)) * scipy.stats.t.ppf(0.975, len(sums) - 1))
     generator = np.random.default_rng(0)
     means = []
     chunk = max(1, CHUNK_DRAWS // len(sums))
@@ -336,7 +379,7 @@ def bootstrap_interval(values: np.ndarray, groups: Sequence | None = None) -> li
         size = min(chunk, RESAMPLES - start)
         counts = generator.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=size)  # (size, groups)
         means.append(counts @ sums / (counts @ sizes))
-    return [float(bound) for bound in np.percentile(np.concatenate(means), [2.5, 97.5])]
+    return [float(bound) for bound in np.quantile(np.concatenate(means), [tail, 1 - tail])]
 
 
 def paired_p_value(differences: np.ndarray, groups: Sequence | None = None) -> float:
@@ -369,13 +412,13 @@ def group_sums(values: np.ndarray, groups: Sequence | None) -> tuple[np.ndarray,
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
-def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """Checked rows of a JSONL file: `prompt` with `response`, `responses`, or `chosen` and `rejected`."""
+def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Places and checked rows of a JSONL file: `prompt` with `response`, `responses`, or `chosen` and `rejected`."""
     try:
         with path.open("rb") as file:
             for number, line in enumerate(file, start=1):
                 if line.strip():
-                    yield check_line(f"{path} row {number}", line)
+                    yield (place := f"{path} row {number}"), check_line(place, line)
     except OSError as error:
         raise InputError(f"{path}: can not be read ({first_line(error)})") from error
 
@@ -421,12 +464,29 @@ def with_rewards(row: dict[str, Any], rewards: list[float]) -> dict[str, Any]:
     return {**row, "chosen_reward": rewards[0], "rejected_reward": rewards[1]}
 
 
+def check_templates(evaluator: RewardModelEvaluator, prompts: Iterable[Prompt], places: Iterable[str]) -> None:
+    """Make sure that the chat template of every member takes every prompt; some refuse system turns.
+
+    Raises:
+        InputError: names the first place whose prompt is refused.
+    """
+    for prompt, place in zip(prompts, places, strict=True):
+        for member in evaluator.members:
+            try:
+                encode_prompt(member.tokenizer, prompt, member.max_length)
+            except ValueError as error:
+                raise InputError(f"{place}: {member.model.name_or_path} can not read it: {error}") from error
+
+
 def score_file(evaluator: RewardModelEvaluator, source: Path, target: Path) -> int:
     """Score every line of a JSONL file into another one, which appears only when it is complete; returns the lines."""
-    total = sum(1 for _ in read_lines(source))  # a first pass, so that a bad row is found before the work is done
+    total = 0
+    for place, row in read_lines(source):  # a first pass, so that a bad row is found before the work is done
+        check_templates(evaluator, [row["prompt"]], [place])
+        total += 1
     if not total:
         raise InputError(f"{source}: the file is empty")
-    rows = read_lines(source)
+    rows = (row for _, row in read_lines(source))
     with replace_file(target) as file, tqdm(total=total, desc="Scoring", unit=" rows") as bar:
         while chunk := list(itertools.islice(rows, CHUNK)):
             flat = [(row["prompt"], response_text(answer)) for row in chunk for answer in answers(row)]
@@ -483,11 +543,18 @@ def demonstrate(evaluator: RewardModelEvaluator) -> dict[str, Any]:
     return {"comparisons": comparisons, "dialogue": dialogue}
 
 
+def readable(argument: str) -> str:
+    """An argument of the command line that can be printed: bytes that are not UTF-8 become `?`."""
+    return argument.encode("utf-8", "replace").decode("utf-8")
+
+
 def parse_options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=MODEL_PATH, help="directory of the reward model (default: %(default)s)")
-    parser.add_argument("--prompt", help="rank --responses to this prompt")
-    parser.add_argument("--responses", nargs="+", metavar="RESPONSE", help="two or more answers to --prompt")
+    parser.add_argument("--prompt", type=readable, help="rank --responses to this prompt")
+    parser.add_argument(
+        "--responses", type=readable, nargs="+", metavar="RESPONSE", help="two or more answers to --prompt"
+    )
     parser.add_argument("--file", type=Path, help="JSONL file to score")
     parser.add_argument("--output", type=Path, help="JSON file for the result (JSONL with --file)")
     options = parser.parse_args()
@@ -508,6 +575,7 @@ def main() -> None:
         print(f"{count:,} rows scored, written to {options.output}")
         return
     if options.prompt:
+        check_templates(evaluator, [options.prompt], ["prompt"])
         result = show_ranking(evaluator, options.prompt, options.responses)
     else:
         result = demonstrate(evaluator)

@@ -30,7 +30,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import numpy as np
 import scipy.stats
@@ -64,11 +64,12 @@ from load_smollm_model import (
     write_checksums,
     write_text,
 )
-from reward_model_demo import MODEL_PATH, RewardModelEvaluator, bootstrap_interval, wins
+from reward_model_demo import MODEL_PATH, RewardModelEvaluator, bootstrap_interval, check_templates, rate_interval, wins
 from train_reward_model import (
     CHECKPOINT_REMEDY,
     checkpoint_to_resume,
     claim_output,
+    data_identity,
     held_output,
     publish,
     stop_requests,
@@ -118,6 +119,9 @@ SIGNIFICANT_DIGITS = 3  # of p-values, which four decimals would round to 0
 
 
 REMEDY = "the checkpoints before it are kept; start over with a lower --learning_rate or a higher --kl_coefficient"
+
+
+Found = TypeVar("Found")
 
 
 class DivergedError(InputError):
@@ -294,13 +298,21 @@ class Completions(NamedTuple):
 
 
 def unique_prompts(split: Dataset, tokenizer, max_length: int) -> list[Prompt]:
-    """The different prompts of a split that have at most `max_length` tokens, in their order."""
+    """The different prompts of a split that have at most `max_length` tokens, in their order.
+
+    Raises:
+        InputError: the chat template refuses one.
+    """
     first = {}
     for messages, place in zip(split["prompt"], split["place"], strict=True):
         first.setdefault(json.dumps(messages), (messages, place))
     # `encode_prompt` would cut to half of its limit: with this one it shows which prompts are longer.
-    limit = 2 * (max_length + 1)
-    prompts = [Prompt(messages, encode_prompt(tokenizer, messages, limit), place) for messages, place in first.values()]
+    limit, prompts = 2 * (max_length + 1), []
+    for messages, place in first.values():
+        try:
+            prompts.append(Prompt(messages, encode_prompt(tokenizer, messages, limit), place))
+        except ValueError as error:
+            raise InputError(f"{place}: {error}; run load_helpsteer_dataset.py with this --model") from error
     return [prompt for prompt in prompts if len(prompt.ids) <= max_length]
 
 
@@ -515,20 +527,20 @@ def check_figures(figures: dict[str, float], step: int, max_kl: float, places: S
         raise DivergedError(f"update {step}: the mean KL is {kl}; {REMEDY}")
 
 
-def found_by_all(act: Callable[[], Completions]) -> Completions:
+def found_by_all(act: Callable[[], Found]) -> Found:
     """What `act` returns in this process.
 
     Raises:
         DivergedError: `act` raised one in any process; all raise it, so that none waits for another.
     """
-    completions, problem = None, []
+    found, problem = None, []
     try:
-        completions = act()
+        found = act()
     except DivergedError as error:
         problem = [str(error)]
     if problems := gather_object(problem):
         raise DivergedError(problems[0])
-    return completions
+    return found
 
 
 def take_step(run: Run, step: int, prompts: Sequence[Prompt], baseline_state: dict[str, float]) -> dict[str, Any]:
@@ -676,12 +688,19 @@ class Answers(NamedTuple):
     kl: np.ndarray  # (N,) nats to the reference
 
 
-@torch.no_grad()
 def answer(run: Run, policy, title: str) -> Answers:
     """One sampled answer to each unseen prompt, with the same random numbers for every policy.
 
     The batches are spread over the processes; all of them get all answers.
     """
+    rows = gather_object(found_by_all(lambda: own_answers(run, policy, title)))
+    _, texts, lengths, ended, kl = zip(*sorted(rows), strict=True)
+    return Answers(list(texts), np.array(lengths), np.array(ended), np.array(kl))
+
+
+@torch.no_grad()
+def own_answers(run: Run, policy, title: str) -> list[tuple[int, str, int, bool, float]]:
+    """This process's share of `answer`: place of the prompt, text, tokens, whether it ended, KL in nats."""
     accelerator, rows = run.accelerator, []
     starts = range(0, len(run.unseen), EVALUATION_BATCH_SIZE)[accelerator.process_index :: accelerator.num_processes]
     for start in tqdm(starts, desc=title, unit=" batches", disable=not accelerator.is_main_process):
@@ -695,8 +714,7 @@ def answer(run: Run, policy, title: str) -> Answers:
             kl += sequence_kl(*both, part.mask).tolist()
         columns = (sampled.texts, sampled.mask.sum(dim=1).tolist(), sampled.ended.tolist(), kl)
         rows += [(start + place, *row) for place, row in enumerate(zip(*columns, strict=True))]
-    _, texts, lengths, ended, kl = zip(*sorted(gather_object(rows)), strict=True)
-    return Answers(list(texts), np.array(lengths), np.array(ended), np.array(kl))
+    return rows
 
 
 def wilcoxon_p(differences: np.ndarray) -> float:
@@ -723,7 +741,7 @@ def judge(
         "reward_gain_interval": bootstrap_interval(new - old),
         "wilcoxon_p": wilcoxon_p(new - old),
         "win_rate": float(won.mean()),
-        "win_rate_interval": bootstrap_interval(won),
+        "win_rate_interval": rate_interval(won),
     }
 
 
@@ -928,7 +946,7 @@ def run_settings(settings: Settings, metadata: dict[str, Any], origin: str, proc
         **asdict(settings),
         "base_model": origin,
         "source": metadata["source"],
-        "data_identity": {name: metadata[name] for name in ("digest", "seed")},
+        "data_identity": data_identity(metadata),
         "reward_identity": {name: config.get(name) for name in ("reward_mean", "reward_std", "reward_max_length")},
         "processes": processes,
     }
@@ -988,6 +1006,9 @@ def build_run(settings: Settings, accelerator: Accelerator, splits: DatasetDict,
     prompts, unseen = read_prompts(splits, tokenizer, settings)
     evaluator = load_judge(settings, "reward_model", accelerator.device)
     second = load_judge(settings, "second_judge", accelerator.device) if settings.second_judge else None
+    for each in filter(None, (evaluator, second)):
+        to_score = [*prompts, *unseen] if each is evaluator else unseen
+        check_templates(each, [prompt.messages for prompt in to_score], [prompt.place for prompt in to_score])
     reference = load_sft_model(sft).to(accelerator.device)
     room = getattr(reference.config, "max_position_embeddings", math.inf)
     if settings.max_prompt_length + settings.max_new_tokens > room:
@@ -1012,6 +1033,17 @@ def build_run(settings: Settings, accelerator: Accelerator, splits: DatasetDict,
     )
 
 
+@contextlib.contextmanager
+def without_spoiled(accelerator: Accelerator, checkpoint: Path):
+    """Remove a checkpoint when the block finds its policy spoiled, so that no run goes on from there."""
+    try:
+        yield
+    except DivergedError:
+        if accelerator.is_main_process:
+            shutil.rmtree(checkpoint, ignore_errors=True)
+        raise
+
+
 def train(run: Run, output: Path, state: dict[str, Any]) -> list[dict[str, Any]]:
     """All updates after those in `state`; returns the log of the whole run.
 
@@ -1025,17 +1057,15 @@ def train(run: Run, output: Path, state: dict[str, Any]) -> list[dict[str, Any]]
         write_text(checkpoints / "metrics.jsonl", json_lines(log))
         for leftover in checkpoints.glob(".checkpoint-*"):  # of a run that was killed
             shutil.rmtree(leftover, ignore_errors=True)
+        if state["step"] < settings.steps:  # the run may have been finished with fewer
+            (checkpoints / "finished").unlink(missing_ok=True)
     drawn = batches(run.prompts, settings.completions_per_step, settings.seed)
     steps = range(state["step"] + 1, settings.steps + 1)
     bar = tqdm(initial=state["step"], total=settings.steps, desc="REINFORCE", unit=" updates", disable=not first)
     with stop_requests() as stop_requested, bar:
         for step, prompts in zip(steps, itertools.islice(drawn, state["step"], None), strict=False):
-            try:
+            with without_spoiled(accelerator, checkpoints / f"checkpoint-{step - 1}"):
                 entry = take_step(run, step, prompts[process::processes], state["baseline"])
-            except DivergedError:
-                if first:  # the policy that was found to be spoiled
-                    shutil.rmtree(checkpoints / f"checkpoint-{step - 1}", ignore_errors=True)
-                raise
             state = {"step": step, "baseline": updated_baseline(state["baseline"], entry["reward"])}
             log.append(entry)
             stop = stop_requested()
@@ -1067,8 +1097,10 @@ def finish(run: Run, log: list[dict[str, Any]], settings: dict[str, Any], output
         DivergedError: the last update spoiled the policy.
     """
     policy = run.accelerator.unwrap_model(run.policy)
-    before, after = answer(run, run.reference, "Answers before"), answer(run, policy, "Answers after")
-    check_figures({"kl": float(after.kl.mean())}, len(log), run.settings.max_kl)
+    before = answer(run, run.reference, "Answers before")
+    with without_spoiled(run.accelerator, output / "checkpoints" / f"checkpoint-{len(log)}"):
+        after = answer(run, policy, "Answers after")
+        check_figures({"kl": float(after.kl.mean())}, len(log), run.settings.max_kl)
     if not run.accelerator.is_main_process:
         return None
     first = judge(run.evaluator, run.unseen, before, after)
@@ -1110,20 +1142,6 @@ def report(results: dict[str, Any], output: Path) -> str:
     return "\n".join([*lines, f"written to {output}/"])
 
 
-def claim(settings: Settings) -> Path:
-    """The output directory, if it holds nothing that is somebody else's, or needed.
-
-    Raises:
-        InputError: it does.
-    """
-    output = Path(settings.output_dir)
-    claim_output(output, settings.model)
-    for judge_path in filter(None, (settings.reward_model, settings.second_judge)):
-        if output.exists() and Path(judge_path).exists() and output.samefile(judge_path):
-            raise InputError(f"{output}: is a reward model, which would be overwritten; choose another --output_dir")
-    return output
-
-
 def open_run(
     settings: Settings, accelerator: Accelerator, splits: DatasetDict, metadata: dict[str, Any], output: Path
 ) -> tuple[Run, dict[str, Any], dict[str, Any]]:
@@ -1149,7 +1167,8 @@ def open_run(
 
 def main() -> None:
     settings = parse_settings()
-    output = claim(settings)
+    output = Path(settings.output_dir)
+    claim_output(output, settings.model, "ForCausalLM")
     accelerator = build_accelerator(settings)
     splits, metadata = load_processed(settings.data)
     with held_output(output):

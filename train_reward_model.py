@@ -457,12 +457,16 @@ def check_tokens(split: Dataset, tokenizer, max_length: int, made_by: str) -> No
             raise InputError(f"the data was tokenised with {made_by}; run load_helpsteer_dataset.py with this --model")
 
 
+def data_identity(metadata: dict[str, Any]) -> dict[str, Any]:
+    """What tells processed data from other data: the pairs, their split, and how they were cut."""
+    return {name: metadata[name] for name in ("digest", "seed", "max_length", "tokenizer")}
+
+
 def run_settings(
     script: ScriptArguments, config: RewardConfig, lora: ModelConfig, metadata: dict[str, Any], origin: str
 ) -> dict[str, Any]:
     """All resolved settings, with what identifies base model and data."""
-    data = {name: metadata[name] for name in ("digest", "seed", "max_length", "tokenizer")}
-    run = {"base_model": origin, "data_identity": data, "world_size": config.world_size}
+    run = {"base_model": origin, "data_identity": data_identity(metadata), "world_size": config.world_size}
     adapter = {name: value for name, value in vars(lora).items() if name in {"use_peft", *LORA_FLAGS}}
     return {**config.to_dict(), **vars(script), **adapter, **run}
 
@@ -547,8 +551,11 @@ def read_settings(checkpoints: Path) -> dict[str, Any] | None:
         raise InputError(f"{path}: damaged ({first_line(error)}); --fresh starts over") from error
 
 
-def claim_output(output: Path, base_model: str) -> None:
-    """Refuse a directory that holds something else than a model of ours or its checkpoints, or the base model itself.
+def claim_output(output: Path, base_model: str, head: str) -> None:
+    """Refuse a directory that holds something else than such a model of ours or its checkpoints, or the base model.
+
+    Args:
+        head: what the architecture of such a model ends with, "ForSequenceClassification" or "ForCausalLM".
 
     Raises:
         InputError: it does.
@@ -558,6 +565,12 @@ def claim_output(output: Path, base_model: str) -> None:
     ours = output.is_dir() and ((output / "checkpoints").is_dir() or {each.name for each in output.iterdir()} <= {LOCK})
     if output.exists() and not ours:
         raise InputError(f"{output}: holds other files, which a model would overwrite; choose another --output_dir")
+    try:
+        found = json.loads((output / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+    except (OSError, ValueError, LookupError, TypeError):
+        return  # no model, or a damaged one
+    if not str(found).endswith(head):
+        raise InputError(f"{output}: holds a {found}, which would be overwritten; choose another --output_dir")
 
 
 @contextlib.contextmanager
@@ -817,7 +830,7 @@ def main() -> None:
     script, config, lora = parse_settings()
     output = Path(config.output_dir)
     config.output_dir = str(output / "checkpoints")
-    claim_output(output, script.model)
+    claim_output(output, script.model, "ForSequenceClassification")
     prepared = None if script.streaming else load_processed(script.data)
     with held_output(output):
         source = resolve_model(script.model)

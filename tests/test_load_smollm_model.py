@@ -612,6 +612,37 @@ def test_shared_prefixes_change_neither_rewards_nor_gradients(kind):
     assert torch.allclose(shared_gradient, gradient, atol=1e-5 * float(gradient.abs().max()))
 
 
+def test_a_sharing_model_reads_the_token_that_the_plain_one_reads():
+    """With a pad token that also ends a turn that is the last other token, also where nothing is padded."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model("llama", **SHAPE | {"pad_token_id": 2})
+    model = AutoModelForSequenceClassification.from_config(config).eval()
+    ids = torch.tensor([[5, 6, 2, 7, 2, 2], [5, 6, 2, 8, 2, 2], [5, 6, 2, 8, 9, 2], [2, 2, 2, 2, 2, 2]])
+    mask = torch.tensor([[1, 1, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1], [1, 1, 0, 0, 0, 0]])
+    rewards, gradient = reward_and_gradient(model, ids, mask)
+    assert lsm.share_prefixes(model)
+    shared_rewards, shared_gradient = reward_and_gradient(model, ids, mask)
+    assert torch.allclose(shared_rewards, rewards, atol=1e-5) and rewards.std() > 0.01
+    assert torch.allclose(shared_gradient, gradient, atol=1e-5 * float(gradient.abs().max()))
+
+
+def test_a_reward_model_without_a_pad_token_gets_one(tiny_reward_model, tmp_path):
+    plain = AutoModelForSequenceClassification.from_pretrained(tiny_reward_model)
+    plain.config.pad_token_id = None
+    plain.save_pretrained(tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(tiny_reward_model)
+    tokenizer.pad_token = None
+    tokenizer.save_pretrained(tmp_path)
+    tokenizer, model = lsm.load_trained_reward_model(str(tmp_path))
+    ends = tokenizer.convert_tokens_to_ids(["<|im_end|>", "<|im_start|>"])
+    assert model.config.pad_token_id not in (None, tokenizer.eos_token_id, *ends)
+    pad = model.config.pad_token_id
+    ids = torch.tensor([[5, 6, 7, 8], [5, 6, pad, pad]])
+    rewards = model(input_ids=ids, attention_mask=torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])).logits
+    alone = [plain(torch.tensor([row])).logits for row in ([5, 6, 7, 8], [5, 6])]
+    assert torch.allclose(rewards, torch.cat(alone), atol=1e-5)
+
+
 def test_a_sharing_model_refuses_what_it_would_not_heed(tiny_reward_model):
     _, model = lsm.load_trained_reward_model(tiny_reward_model)
     assert lsm.share_prefixes(model)

@@ -116,6 +116,7 @@ def test_a_dialogue_is_scored_with_its_context(evaluator):
     assert scores[1] != pytest.approx(evaluator.get_reward_score("How are you?", "Fine."), abs=1e-3)
     assert len(scores) == 3
     assert evaluator.evaluate_conversation([]) == []
+    assert evaluator.evaluate_conversation(zip(*zip(*turns, strict=True), strict=True)) == scores
 
 
 def test_max_length_comes_from_training_and_can_be_changed(evaluator):
@@ -153,11 +154,17 @@ def test_bad_arguments_are_refused(evaluator, prompts, responses, error):
         evaluator.get_reward_scores(prompts, responses)
 
 
+@pytest.mark.parametrize("options", [{"batch_size": 0}, {"batch_size": -1}, {"max_length": 0}, {"max_length": 31}])
+def test_impossible_sizes_are_refused(evaluator, options):
+    with pytest.raises(ValueError, match=rf"{next(iter(options))} is .* must be at least"):
+        evaluator.get_reward_scores(["Hi"], ["Hello"], **options)
+
+
 def test_rewards_that_are_not_finite_are_refused(tiny_reward_model):
     evaluator = RewardModelEvaluator(tiny_reward_model, device="cpu")
     with torch.no_grad():
         evaluator.model.score.weight[0, 0] = math.nan
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(InputError, match=f"{tiny_reward_model}: returned a reward that is not finite"):
         evaluator.get_reward_score("Hi", "Hello")
 
 
@@ -213,8 +220,10 @@ ANSWERS = ["red", "blue", "green", "seven"]
 def test_best_of_n_is_the_first_of_the_ranking(evaluator):
     assert evaluator.best_of_n("Name a colour.", ANSWERS) == evaluator.compare_responses("Name a colour.", ANSWERS)[0]
     assert evaluator.best_of_n("Name a colour.", ["red", " red"])[0] == "red"  # equal rewards: the first one
-    with pytest.raises(ValueError, match="at least one"):
-        evaluator.best_of_n("Name a colour.", [])
+    for none in ([], np.array([])):
+        with pytest.raises(ValueError, match="at least one"):
+            evaluator.best_of_n("Name a colour.", none)
+    assert evaluator.best_of_n("Name a colour.", np.array(ANSWERS)) == evaluator.best_of_n("Name a colour.", ANSWERS)
 
 
 def test_filtered_responses_pass_what_was_asked_for(evaluator):
@@ -250,6 +259,12 @@ def test_models_are_compared_prompt_by_prompt(evaluator):
     assert reverse["p_value"] == result["p_value"]
 
 
+def test_answers_as_messages_are_compared_like_their_texts(evaluator):
+    prompts, a, b = ["Hi", "Bye", "Thanks"], ["Hello!", " So long. ", "Welcome"], ["x", "y", "z"]
+    messages = [[{"role": "assistant", "content": text}] for text in a]
+    assert evaluator.compare_models(prompts, messages, b) == evaluator.compare_models(prompts, a, b)
+
+
 def test_equal_answers_are_a_draw(evaluator):
     result = evaluator.compare_models(["Hi", "Bye"], ["a", "b"], ["a", "b"])
     assert (result["win_rate"], result["mean_difference"], result["p_value"]) == (0.5, 0.0, 1.0)
@@ -267,6 +282,30 @@ def test_the_bootstrap_interval_agrees_with_scipy():
         (values,), np.mean, n_resamples=demo.RESAMPLES, method="percentile", rng=1
     ).confidence_interval
     assert demo.bootstrap_interval(values) == pytest.approx([expected.low, expected.high], abs=0.01)
+
+
+@pytest.mark.parametrize("count", [5, 8])
+def test_the_interval_of_few_groups_covers_what_it_says(count, monkeypatch):
+    """Plain percentiles cover some 0.86 of the true means with so few."""
+    monkeypatch.setattr(demo, "RESAMPLES", 1000)
+    generator = np.random.default_rng(0)
+    covered = []
+    for _ in range(1000):
+        low, high = demo.bootstrap_interval(generator.normal(size=count))
+        covered.append(low <= 0 <= high)
+    assert 0.9 < np.mean(covered) < 0.975
+
+
+def test_a_rate_without_spread_has_the_interval_of_its_groups():
+    wilson = scipy.stats.binomtest(6, 6).proportion_ci(0.95, method="wilson")
+    groups = np.repeat(np.arange(6), 2)
+    assert demo.rate_interval(np.ones(12), groups) == pytest.approx([wilson.low, wilson.high], abs=1e-6)
+    half = np.tile([1.0, 0.0], 6)  # one of two right at every prompt
+    wilson = scipy.stats.binomtest(3, 6).proportion_ci(0.95, method="wilson")
+    assert demo.rate_interval(half, groups) == pytest.approx([wilson.low, wilson.high], abs=1e-6)
+    some = np.array([1.0, 0.0, 1.0, 1.0])
+    assert demo.rate_interval(some) == demo.bootstrap_interval(some)
+    assert demo.rate_interval([1.0, 1.0], ["a", "a"]) is None
 
 
 def test_groups_are_drawn_as_a_whole():
@@ -386,6 +425,43 @@ def test_prompt_and_responses(monkeypatch, evaluator, tiny_reward_model, tmp_pat
         (response, score) for response, score in evaluator.compare_responses("Hi", ["a", "b"])
     ]
     assert f"{ranking[0]['reward']:+.3f}" in capsys.readouterr().out
+
+
+def test_bytes_that_are_not_text_are_ranked_and_printed(monkeypatch, tiny_reward_model, capsys):
+    run(monkeypatch, tiny_reward_model, "--prompt", "caf\udce9", "--responses", "a", "\udcff")
+    assert "> caf?" in capsys.readouterr().out
+
+
+@pytest.fixture
+def without_system_turns(tiny_reward_model, tmp_path):
+    """A reward model whose chat template refuses system turns, as Gemma's does."""
+    directory = tmp_path / "refusing"
+    shutil.copytree(tiny_reward_model, directory)
+    template = directory / "chat_template.jinja"
+    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+    template.write_text(refusal + template.read_text())
+    return directory
+
+
+def test_a_prompt_that_the_template_refuses_is_named(monkeypatch, without_system_turns, write_jsonl, tmp_path):
+    marked = "<extra_id_0>System\nBe brief.\n<extra_id_1>User\nHi"
+    source = write_jsonl([{"prompt": "Hi", "response": "a"}, {"prompt": marked, "response": "a"}])
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, without_system_turns, "--file", source, "--output", tmp_path / "scores.jsonl")
+    assert f"{source} row 2: {without_system_turns} can not read it: the chat template refuses" in str(ended.value.code)
+    assert not (tmp_path / "scores.jsonl").exists()
+    with pytest.raises(SystemExit) as ended:
+        run(monkeypatch, without_system_turns, "--prompt", marked, "--responses", "a", "b")
+    assert "no system turns" in str(ended.value.code)
+
+
+def test_a_directory_as_output_is_refused_before_anything_is_scored(
+    monkeypatch, tiny_reward_model, write_jsonl, tmp_path
+):
+    monkeypatch.setattr(RewardModelEvaluator, "get_reward_scores", None)
+    source = write_jsonl([{"prompt": "Hi", "response": "a"}])
+    with pytest.raises(SystemExit, match="is a directory; name a file"):
+        run(monkeypatch, tiny_reward_model, "--file", source, "--output", tmp_path)
 
 
 def test_a_file_is_scored_line_by_line(monkeypatch, evaluator, tiny_reward_model, write_jsonl, tmp_path):

@@ -1,8 +1,10 @@
 """REINFORCE: the algorithm against exact enumeration, the script on a tiny model."""
 
+import copy
 import itertools
 import json
 import math
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -282,6 +284,15 @@ def test_prompts_are_unique_short_enough_and_open_the_answer(tokenizer):
     for prompt in prompts:
         opened = tokenizer.apply_chat_template(prompt.messages, add_generation_prompt=True)["input_ids"]
         assert prompt.ids == opened
+
+
+def test_a_prompt_that_the_template_refuses_is_named(tokenizer):
+    refusing = copy.deepcopy(tokenizer)
+    refusing.chat_template = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}"
+    messages = [[{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]]
+    split = Dataset.from_dict({"prompt": messages, "place": ["pairs.jsonl row 1"]})
+    with pytest.raises(tr.InputError, match=r"pairs\.jsonl row 1: the chat template refuses"):
+        tr.unique_prompts(split, refusing, 32)
 
 
 def test_every_pass_sees_every_prompt_once():
@@ -585,6 +596,54 @@ def test_other_settings_do_not_continue_an_unfinished_run(reinforce, monkeypatch
     assert json.loads((output / "settings.json").read_text())["kl_coefficient"] == 0.5
 
 
+def test_a_longer_run_that_was_stopped_is_unfinished_again(reinforce, monkeypatch):
+    output, real = reinforce(), tr.finish
+    monkeypatch.setattr(tr, "finish", lambda *rest: None)  # killed in the evaluation
+    reinforce("--steps", "6")
+    monkeypatch.setattr(tr, "finish", real)
+    with pytest.raises(SystemExit) as ended:
+        reinforce("--steps", "6", "--kl_coefficient", "0.5")
+    assert "holds an unfinished run with other settings (kl_coefficient 0.03 -> 0.5)" in str(ended.value.code)
+    assert (output / "checkpoints" / "checkpoint-6").is_dir()
+
+
+def test_pairs_cut_otherwise_are_other_data(tmp_path, other_reward_model):
+    metadata = {"source": "x", "digest": "d", "seed": 1, "max_length": 64, "tokenizer": "t"}
+    settings = tr.Settings(reward_model=other_reward_model)
+    one, other = (
+        tr.run_settings(settings, {**metadata, "max_length": length}, "base", 1)["data_identity"] for length in (64, 96)
+    )
+    assert one != other
+
+
+def test_a_spoiled_last_update_is_removed(reinforce, monkeypatch):
+    real = tr.answer
+
+    def spoiled(run, policy, title):
+        answers = real(run, policy, title)
+        return answers._replace(kl=answers.kl + 1000) if title == "Answers after" else answers
+
+    monkeypatch.setattr(tr, "answer", spoiled)
+    with pytest.raises(SystemExit, match="update 4: the mean KL is"):
+        reinforce(output="spoiled")
+    monkeypatch.setattr(tr, "answer", real)
+    output = reinforce(output="spoiled")  # goes on from update 2
+    assert len(timeless(output / "metrics.jsonl")) == 4 and (output / "model.safetensors").exists()
+    assert same_weights(output, reinforce(output="undisturbed"))
+
+
+def test_a_prompt_that_the_judge_can_not_read_is_named(reinforce, other_reward_model, tmp_path):
+    judge = tmp_path / "refusing"
+    shutil.copytree(other_reward_model, judge)
+    template = judge / "chat_template.jinja"
+    template.write_text(
+        "{% if 'number 3' in messages[0]['content'] %}{{ raise_exception('no') }}{% endif %}" + template.read_text()
+    )
+    with pytest.raises(SystemExit) as ended:
+        reinforce("--reward_model", judge)
+    assert f"{judge} can not read it" in str(ended.value.code) and "easy.jsonl row" in str(ended.value.code)
+
+
 def test_a_damaged_checkpoint_is_named(reinforce, monkeypatch):
     real = tr.finish
     monkeypatch.setattr(tr, "finish", lambda *rest: None)
@@ -613,7 +672,7 @@ def test_the_reward_model_is_not_overwritten(reinforce, other_reward_model):
     (Path(other_reward_model) / "checkpoints").mkdir(exist_ok=True)  # as the training leaves it
     with pytest.raises(SystemExit) as ended:
         reinforce(output=other_reward_model)
-    assert "is a reward model" in str(ended.value.code)
+    assert "holds a LlamaForSequenceClassification" in str(ended.value.code)
 
 
 def test_p_values_keep_their_digits():

@@ -395,6 +395,15 @@ def test_directories_of_others_are_left_alone(train, tmp_path, name):
     assert [path.name for path in (tmp_path / "reward").iterdir()] == [name]
 
 
+def test_a_policy_is_not_overwritten(train, tmp_path):
+    (tmp_path / "reward" / "checkpoints").mkdir(parents=True)
+    config = tmp_path / "reward" / "config.json"
+    config.write_text('{"architectures": ["LlamaForCausalLM"]}')
+    with pytest.raises(SystemExit, match="holds a LlamaForCausalLM, which would be overwritten"):
+        train()
+    assert "CausalLM" in config.read_text()
+
+
 def test_a_second_run_into_one_directory_is_refused(train, tmp_path):
     output = tmp_path / "reward"
     with trm.held_output(output):
