@@ -10,6 +10,7 @@ The length rule: the prompt may use half of `max_length`; a longer one loses its
 beginning and takes all that is left. The prompt ids therefore never depend on the response they are paired with.
 """
 
+import datetime
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -26,6 +27,8 @@ STRAY_MARKER = re.compile(r"<extra_id_\d+>")
 DEFAULT_SYSTEM_PROMPT = re.compile(
     r"\{%-?\s*if loop\.first and messages\[0\]\['role'\] != 'system'\s*-?%\}.*?\{%-?\s*endif\s*-?%\}", re.DOTALL
 )
+TODAY = re.compile(r"strftime_now\(\s*(?P<quote>['\"])(?P<format>.*?)(?P=quote)\s*\)")
+DAY = datetime.date(2025, 1, 1)  # in templates that write today's
 GUARD = "\ue000"  # private-use character; see `_guard_for`
 
 Messages = list[dict[str, str]]
@@ -44,11 +47,13 @@ class Encoded(NamedTuple):
 
 
 def plain_template(template: str) -> str:
-    """Chat template without a default system prompt (no preference signal) and with outer white space trimmed.
+    """Chat template without a default system prompt (no preference signal), with outer white space trimmed, undated.
 
-    Both edits leave templates alone that do not contain the construct, and are idempotent.
+    With today's date in it the same text would have other ids tomorrow. All edits leave templates alone that do not
+    contain the construct, and are idempotent.
     """
     template = DEFAULT_SYSTEM_PROMPT.sub("", template)
+    template = TODAY.sub(lambda call: repr(DAY.strftime(call["format"])), template)
     return template.replace("+ message['content'] +", "+ message['content'] | trim +")
 
 

@@ -94,7 +94,7 @@ def read_pairs(name: str, split: str | None = None) -> Dataset:
 
 def category_of(row: dict[str, Any]) -> str:
     """What the row's category column says; empty without one."""
-    values = [row[column] for column in CATEGORY_COLUMNS if row.get(column) is not None]
+    values = [row[column] for column in CATEGORY_COLUMNS if row.get(column) not in (None, "")]
     if not values or isinstance(values[0], list | dict) or values[0] != values[0]:  # NaN: an empty cell
         return ""
     return str(values[0]).encode("utf-8", "replace").decode("utf-8")

@@ -17,6 +17,7 @@ A source is `hub` (the default dataset, an error where it can not be reached), `
 import argparse
 import codecs
 import csv
+import functools
 import gzip
 import hashlib
 import itertools
@@ -51,7 +52,15 @@ from huggingface_hub import HfApi
 from matplotlib.figure import Figure
 from tqdm.auto import tqdm
 
-from conversations import MIN_MAX_LENGTH, Messages, encode_batch, parse_prompt, response_length, response_text
+from conversations import (
+    MIN_MAX_LENGTH,
+    Messages,
+    encode_batch,
+    encode_prompt,
+    parse_prompt,
+    response_length,
+    response_text,
+)
 from load_smollm_model import (
     MODEL_NAME,
     InputError,
@@ -87,6 +96,7 @@ FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet")
 ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")  # of a raw HelpSteer2 row
 RATING_COLUMNS = {"chosen": ("chosen_rating", "chosen_score"), "rejected": ("rejected_rating", "rejected_score")}
 BATCH_SIZE = 1000  # rows per step, for reading and tokenising
+EXAMPLES = 3  # places kept of each reason to drop a pair
 MAX_DEPTH = 100  # lists and objects in each other
 NOT_UTF8 = re.compile("[\udc80-\udcff]")  # as what bytes are decoded that are no UTF-8
 BROKEN_FILE = (OSError, EOFError, zlib.error, ijson.JSONError, pyarrow.ArrowException, UnicodeDecodeError, csv.Error)
@@ -152,6 +162,8 @@ def open_source(name: str, split: str | None = None, streaming: bool = False) ->
         InputError: no such file, directory or hub dataset; unknown file type or split; hub out of reach.
     """
     path = SAMPLE_FILE if name == "sample" else Path(name)
+    if path.is_file() and split:
+        raise InputError(f"{name}: a file has no splits; leave --split {split} out")
     if path.is_file():
         origin = "sample pairs of this project" if name == "sample" else f"local file {name}"
         return Source(name, origin, read_file(path))
@@ -186,14 +198,25 @@ def open_repository(name: str, origin: str, split: str | None, streaming: bool) 
     except Exception as error:  # `datasets` raises many types for what is missing, gated or broken
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise InputError(f"{name}: can not be read as a dataset ({reason})") from error
-    rows = (Row(f"{name}, {split} row {number}", row) for number, row in enumerate(raw_rows(dataset), start=1))
-    return Source(name, f"{origin}, {split}" + (f", revision {revision}" if revision else ""), rows, revision)
+    origin = f"{origin}, {split}" + (f", revision {revision}" if revision else "")
+    return Source(name, origin, raw_rows(dataset, f"{name}, {split}"), revision)
 
 
-def raw_rows(dataset: Dataset) -> Iterator[dict[str, Any]]:
-    """Rows as stored: nothing is decoded, since a picture or a sound may name any file to be opened."""
-    for table in dataset.with_format("arrow").iter(BATCH_SIZE):
-        yield from table.to_pylist()
+def raw_rows(dataset: Dataset, name: str) -> Iterator[Row]:
+    """Rows as stored: nothing is decoded, since a picture or a sound may name any file to be opened.
+
+    Raises:
+        InputError: they can not be read to their end, such as a stream whose connection broke.
+    """
+    number = 0
+    try:
+        for table in dataset.with_format("arrow").iter(BATCH_SIZE):
+            for values in table.to_pylist():
+                number += 1
+                yield Row(f"{name} row {number}", values)
+    except Exception as error:  # as many types as `open_repository` meets
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"{name}: can not be read to its end (after row {number}: {reason})") from error
 
 
 def pick_split(name: str, splits: list[str], wanted: str | None) -> str:
@@ -228,7 +251,7 @@ def read_file(path: Path) -> Iterator[Row]:
                 yield Row(f"{path} row {number}", values, problem)
     except BROKEN_FILE as error:
         raise InputError(
-            f"{path}: can not be read to its end (after row {number}: {first_line(error)}); restore the file"
+            f"{path}: can not be read to its end (after row {number}: {first_line(error)}); mend or restore the file"
         ) from error
 
 
@@ -276,15 +299,26 @@ def read_json_array(file) -> Iterator[tuple[int, Any, str | None]]:
 
 def read_csv(file) -> Iterator[tuple[int, Any, str | None]]:
     csv.field_size_limit(2**31 - 1)
-    rows = csv.DictReader(line.decode("utf-8-sig", "surrogateescape") for line in file)
-    header = rows.fieldnames or []
+    lines = (line.decode("utf-8-sig", "surrogateescape") for line in file)
+    reader = csv.reader(lines)
+    header = next((cells for cells in reader if cells), [])
+    first = reader.line_num
     if any(map(NOT_UTF8.search, header)):
-        raise InputError(f"{file.name} row 1: not valid UTF-8; convert the file")
+        raise InputError(f"{file.name} row {first}: not valid UTF-8; convert the file")
     if len(header) == 1:
-        raise InputError(f"{file.name} row 1: has one column, {header[0]!r}; cells must be separated by commas")
-    for number, row in enumerate(rows, start=2):  # the header is row 1
+        raise InputError(f"{file.name} row {first}: has one column, {header[0]!r}; cells must be separated by commas")
+    if twice := [column for column, count in Counter(header).items() if column and count > 1]:
+        raise InputError(f"{file.name} row {first}: has two columns {twice[0]!r}; rename one of them")
+    # Not `DictReader`, which passes over blank lines without counting them, and `strict`: a quote that is never closed
+    # would make one cell of the rest of the file.
+    for number, cells in enumerate(csv.reader(lines, strict=True), start=first + 1):
+        if not cells:
+            continue
+        if len(cells) > len(header):
+            yield number, {}, "more cells than columns; text with commas needs quotes"
+            continue
         try:
-            yield number, {column: parse_cell(value) for column, value in row.items()}, None
+            yield number, dict(itertools.zip_longest(header, map(parse_cell, cells))), None
         except BadRow as error:
             yield number, {}, str(error)
 
@@ -417,6 +451,24 @@ def checked_pairs(rows: Iterable[Row]) -> Iterator[tuple[Row, dict[str, Any] | N
             yield row, None, "nested too deeply"
 
 
+def readable_pairs(rows: Iterable[Row], tokenizer) -> Iterator[tuple[Row, dict[str, Any] | None, str | None]]:
+    """As `checked_pairs`, without pairs whose turns the chat template refuses; some know no system turns."""
+
+    @functools.cache
+    def refused(roles: tuple[str, ...]) -> bool:
+        try:
+            encode_prompt(tokenizer, [{"role": role, "content": role} for role in roles], MAX_LENGTH)
+        except ValueError:
+            return True
+        return False
+
+    for row, pair, reason in checked_pairs(rows):
+        if pair and refused(tuple(message["role"] for message in pair["prompt"])):
+            yield row, None, "the chat template refuses the roles of its turns"
+        else:
+            yield row, pair, reason
+
+
 def _checked_response(messages: Messages, completion: Any) -> str:
     try:
         text = response_text(completion)
@@ -482,24 +534,28 @@ class Tally:
             self.rows += 1
             yield row
 
-    def drop(self, reason: str, count: int = 1, location: str | None = None) -> None:
-        if count:
-            self.dropped[reason] += count
-        if location and len(self.examples.setdefault(reason, [])) < 3:
+    def drop(self, reason: str, location: str) -> None:
+        self.dropped[reason] += 1
+        if len(self.examples.setdefault(reason, [])) < EXAMPLES:
             self.examples[reason].append(location)
 
+    def drop_pairs(self, reason: str, pairs: Dataset, indices: np.ndarray) -> None:
+        if len(indices):
+            self.dropped[reason] += len(indices)
+            self.examples[reason] = list(pairs.select(indices[:EXAMPLES])["place"])
 
-def write_pairs(sources: list[Source], path: Path, tally: Tally) -> Dataset:
+
+def write_pairs(sources: list[Source], path: Path, tally: Tally, tokenizer) -> Dataset:
     """Stream all usable rows into one Arrow file."""
     writer = ArrowWriter(path=str(path), features=PAIR_FEATURES, writer_batch_size=BATCH_SIZE)
     for source in sources:
-        pairs = checked_pairs(tally.count(source.rows))
+        pairs = readable_pairs(tally.count(source.rows), tokenizer)
         for row, pair, reason in tqdm(pairs, desc=f"Reading {source.name}", unit=" pairs"):
             tally.pairs += 1
             if pair:
                 writer.write({**pair, **pair_keys(pair), "place": row.location})
             else:
-                tally.drop(reason, location=row.location)
+                tally.drop(reason, row.location)
     if tally.dropped.total() == tally.pairs:
         raise InputError(f"{', '.join(source.name for source in sources)}: no usable pair; {_why_nothing(tally)}")
     writer.finalize()
@@ -523,22 +579,21 @@ def whole_columns(pairs: Dataset, names: list[str]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([batch[name] for batch in batches]) for name in names}
 
 
-def unique_pairs(pair_key: np.ndarray, swapped: np.ndarray) -> tuple[np.ndarray, int, int]:
-    """Indices of pairs to keep: the first of equal ones, none of those that contradict each other.
+def unique_pairs(pair_key: np.ndarray, swapped: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Which pairs to keep: the first of equal ones, none of those that contradict each other.
 
     Args:
         pair_key: (N,) int64, the same for equal and for swapped pairs.
         swapped: (N,) bool, tells a pair from its contradiction.
 
     Returns:
-        Kept indices in ascending order, number of duplicates, number of pairs in contradictions.
+        Indices of the pairs to keep, of their duplicates and of the pairs in contradictions, each in ascending order.
     """
     _, first, group = np.unique(pair_key, return_index=True, return_inverse=True)
     size = np.bincount(group)
     contradicts = (np.bincount(group, weights=swapped) % size) != 0
     kept = np.sort(first[~contradicts])
-    contradicting = int(size[contradicts].sum())
-    return kept, len(pair_key) - len(kept) - contradicting, contradicting
+    return kept, np.setdiff1d(np.flatnonzero(~contradicts[group]), kept), np.flatnonzero(contradicts[group])
 
 
 def split_by_prompt(prompt_key: np.ndarray, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
@@ -583,13 +638,19 @@ def token_columns(batch: dict[str, list], tokenizer, max_length: int) -> dict[st
     """`chosen_ids`, `rejected_ids`, `length` and the counts that the statistics need, for a batch of pairs.
 
     Raises:
-        InputError: the tokenizer's chat template can not show these conversations.
+        InputError: the tokenizer's chat template can not show one of these conversations.
     """
     try:
         chosen = encode_batch(tokenizer, batch["prompt"], batch["chosen"], max_length)
         rejected = encode_batch(tokenizer, batch["prompt"], batch["rejected"], max_length)
-    except ValueError as error:
-        raise InputError(f"{tokenizer.name_or_path}: {error}; use another --model") from error
+    except ValueError:
+        for prompt, place in zip(batch["prompt"], batch["place"], strict=True):
+            try:
+                encode_prompt(tokenizer, prompt, max_length)
+            except ValueError as error:
+                message = f"{place}: {tokenizer.name_or_path}: {error}; leave the row out or use another --model"
+                raise InputError(message) from error
+        raise
     pairs = list(zip(chosen, rejected, strict=True))
     return {
         "chosen_ids": [one.ids for one in chosen],
@@ -625,9 +686,9 @@ def is_validation_prompt(prompt_key: int, seed: int) -> bool:
     return _hash(f"{seed} {prompt_key}") % 2**32 < VALIDATION_SHARE * 2**32
 
 
-def stream_pairs(source: str, split: str | None, seed: int, validation: bool) -> Iterator[dict[str, Any]]:
+def stream_pairs(source: str, split: str | None, tokenizer, seed: int, validation: bool) -> Iterator[dict[str, Any]]:
     """Usable pairs of the training or of the validation side, with their keys, from the source's beginning on."""
-    for row, pair, _ in checked_pairs(open_source(source, split, streaming=True).rows):
+    for row, pair, _ in readable_pairs(open_source(source, split, streaming=True).rows, tokenizer):
         if pair:
             keys = pair_keys(pair)
             if is_validation_prompt(keys["prompt_key"], seed) == validation:
@@ -645,7 +706,7 @@ def stream_ids(source: str, split: str | None, tokenizer, max_length: int, seed:
         differs = [not same for same in columns["identical"]]
         return {name: list(itertools.compress(columns[name], differs)) for name in STREAM_FEATURES}
 
-    place = {"source": source, "split": split, "seed": seed, "validation": False}
+    place = {"source": source, "split": split, "tokenizer": tokenizer, "seed": seed, "validation": False}
     pairs = IterableDataset.from_generator(stream_pairs, features=PAIR_FEATURES, gen_kwargs=place)
     ids = pairs.map(
         differing_ids, batched=True, batch_size=BATCH_SIZE, remove_columns=list(PAIR_FEATURES), features=STREAM_FEATURES
@@ -675,7 +736,7 @@ def stream_processed(
         InputError: no usable pair on one of the sides, or the source can not be read.
     """
     tokenizer = load_tokenizer(model.path)
-    held_out = list(itertools.islice(stream_pairs(source, split, seed, validation=True), validation_pairs))
+    held_out = list(itertools.islice(stream_pairs(source, split, tokenizer, seed, validation=True), validation_pairs))
     if not held_out:
         raise InputError(f"{source}: no usable validation pair; load_helpsteer_dataset.py --source names the reasons")
     pairs = Dataset.from_list(held_out, features=PAIR_FEATURES)
@@ -687,12 +748,20 @@ def stream_processed(
     origin = open_source(source, split, streaming=True).origin
     metadata = {
         "source": f"stream of {origin}",
-        "digest": f"{digest(keys['pair_key'], keys['swapped'])} of the validation pairs, {origin}",
+        "digest": f"{digest(keys['pair_key'], keys['swapped'])} of the validation pairs, {origin}{versions(source)}",
         "seed": seed,
         "max_length": max_length,
         "tokenizer": model.origin,
     }
     return splits, metadata
+
+
+def versions(source: str) -> str:
+    """Sizes and times of change of a local source's files, as a hash; empty for the hub, which has revisions."""
+    path = SAMPLE_FILE if source == "sample" else Path(source)
+    files = sorted(file for file in [path, *path.rglob("*")] if file.is_file())
+    seen = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    return f", files {_hash(json.dumps(seen)):x}" if seen else ""
 
 
 # --- statistics ------------------------------------------------------------------------------------------------------
@@ -709,7 +778,7 @@ def percentiles(values: np.ndarray) -> dict[str, float]:
 
 
 def statistics(splits: DatasetDict) -> dict[str, Any]:
-    """What the pairs look like and what the length rule did to them; shares are of pairs."""
+    """What the pairs that are kept look like and what the length rule did to them; shares are of pairs."""
     columns = [*COUNT_COLUMNS, "length", "chosen_rating", "rejected_rating"]
     tables = {name: whole_columns(split, columns) for name, split in splits.items()}
     joined = {name: np.concatenate([table[name] for table in tables.values()]) for name in columns}
@@ -722,7 +791,6 @@ def statistics(splits: DatasetDict) -> dict[str, Any]:
             "pair": float((joined["prompt_cut"] | joined["response_cut"]).mean()),
         },
         "over_max_length_share": float(joined["over_max_length"].mean()),
-        "identical_after_cut": {name: int(table["identical"].sum()) for name, table in tables.items()},
         "length_percentiles": {
             "prompt": percentiles(joined["prompt_length"]),
             "chosen": percentiles(joined["chosen_length"]),
@@ -788,12 +856,12 @@ def prepare(options: argparse.Namespace, work: Path) -> tuple[DatasetDict, dict[
     model = resolve_model(options.model)
     tokenizer = load_tokenizer(model.path)
     sources, tally = open_sources(options.source, options.split), Tally()
-    pairs = write_pairs(sources, work / "pairs.arrow", tally)
+    pairs = write_pairs(sources, work / "pairs.arrow", tally, tokenizer)
 
     keys = whole_columns(pairs, KEY_COLUMNS)
     kept, duplicates, contradicting = unique_pairs(keys["pair_key"], keys["swapped"])
-    tally.drop("duplicate pair", duplicates)
-    tally.drop("contradicting pair", contradicting)
+    tally.drop_pairs("duplicate pair", pairs, duplicates)
+    tally.drop_pairs("contradicting pair", pairs, contradicting)
     if not len(kept):
         raise InputError(f"{', '.join(source.name for source in sources)}: every pair contradicts another one")
     drawn = kept[draw(len(kept), options.limit, options.seed)]
@@ -804,8 +872,10 @@ def prepare(options: argparse.Namespace, work: Path) -> tuple[DatasetDict, dict[
             for name, index in (("train", train), ("validation", validation))
         }
     )
-    figures = statistics(splits)
-    tally.drop("identical once cut to max_length (training pair)", figures["identical_after_cut"]["train"])
+    identical = {
+        name: np.flatnonzero(whole_columns(split, ["identical"])["identical"]) for name, split in splits.items()
+    }
+    tally.drop_pairs("identical once cut to max_length (training pair)", splits["train"], identical["train"])
     splits["train"] = splits["train"].filter(lambda same: not same, input_columns="identical", desc="Checking cuts")
     if not len(splits["train"]):
         raise InputError("no training pair differs within max_length; raise --max_length")
@@ -827,7 +897,8 @@ def prepare(options: argparse.Namespace, work: Path) -> tuple[DatasetDict, dict[
         "seed": options.seed,
         "max_length": options.max_length,
         "tokenizer": model.origin,
-        **figures,
+        "identical_after_cut": {name: len(indices) for name, indices in identical.items()},
+        **statistics(splits),
     }
     return splits, metadata
 
@@ -878,6 +949,8 @@ def parse_options() -> argparse.Namespace:
         parser.error(f"--max_length must be at least {MIN_MAX_LENGTH}")
     if options.limit is not None and options.limit < 2:
         parser.error("--limit must be at least 2")
+    if options.seed < 0:
+        parser.error("--seed must not be negative")
     return options
 
 

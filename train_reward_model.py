@@ -124,6 +124,8 @@ UNSUPPORTED = {
         ("model_init_kwargs", "trust_remote_code"), "the base model is loaded in fp32 without its own code"
     ),
     **dict.fromkeys(("chat_template_path", "pad_token", "eos_token"), "the data was prepared with the model's own"),
+    "label_smoothing_factor": "the loss of a pair has no labels",
+    "save_only_model": "a stopped run could not go on to the same weights",
     "max_length": "load_helpsteer_dataset.py cuts to --max_length (here only with --streaming)",
     "lora_task_type": "a reward model is a sequence classifier",
 }
@@ -131,6 +133,10 @@ UNSUPPORTED = {
 CHECKPOINT_REMEDY = "delete this checkpoint, the one before it is used then, or start over by --fresh"
 LOCK = ".lock"  # in the output directory while a run writes there
 MIN_WARMUP_UPDATES = 20  # shorter runs start at the full learning rate
+
+METRICS = ("pair_accuracy", "loss")  # of an evaluation
+# What the state of an optimiser brings along: a run that continues a checkpoint can not change it.
+KEPT_BY_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim")
 
 # Settings that do not change the result: a checkpoint may be continued under others.
 IGNORED_ON_RESUME = {
@@ -185,7 +191,6 @@ def default_config() -> dict[str, Any]:
         "save_total_limit": SAVE_TOTAL_LIMIT,
         "load_best_model_at_end": True,
         "metric_for_best_model": "pair_accuracy",
-        "greater_is_better": True,
         "seed": SEED,
         "bf16": dtype is torch.bfloat16,
         "fp16": dtype is torch.float16,
@@ -209,6 +214,15 @@ def named_errors(checkpoint: str | None) -> Iterator[None]:
         raise InputError(
             f"{checkpoint}: damaged, or of another model ({first_line(error)}); {CHECKPOINT_REMEDY}"
         ) from error
+
+
+@contextlib.contextmanager
+def refused_settings(*kinds: type[Exception]) -> Iterator[None]:
+    """Let what libraries say, by errors of these kinds, of settings that they do not take become an `InputError`."""
+    try:
+        yield
+    except kinds as error:
+        raise InputError(f"the trainer refuses these settings: {first_line(error)}") from error
 
 
 class PlaceCollator(DataCollatorForPreference):
@@ -291,11 +305,25 @@ class PairTrainer(RewardTrainer):
         decided_by_first(lambda: check_files(self.state.best_model_checkpoint, "--fresh starts over"))
         super()._load_best_model()
 
+    def create_optimizer(self, *rest):
+        with refused_settings(ValueError, TypeError, ImportError):
+            return super().create_optimizer(*rest)
+
+    def create_scheduler(self, *rest, **options):
+        with refused_settings(ValueError, TypeError):
+            return super().create_scheduler(*rest, **options)
+
+    def competes(self, step: int) -> bool:
+        """Whether the evaluation after an update may decide which checkpoint is the best.
+
+        Only what is saved can be loaded again; what is saved because the run was stopped does not count, so that it
+        ends as an undisturbed one.
+        """
+        regular = step % self.args.save_steps == 0 or step >= self.state.max_steps
+        return self.args.save_strategy != SaveStrategy.STEPS or regular
+
     def _determine_best_metric(self, metrics, trial):
-        # Only what is saved can be loaded again: evaluations between two checkpoints do not compete for the best.
-        if not self.control.should_save and self.args.save_strategy != SaveStrategy.BEST:
-            return False
-        return super()._determine_best_metric(metrics, trial)
+        return self.competes(self.state.global_step) and super()._determine_best_metric(metrics, trial)
 
 
 def pair_accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -353,6 +381,10 @@ class Watch(TrainerCallback):
         if self.stop_requested():
             self.interrupted = control.should_save = control.should_training_stop = True
 
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.interrupted and not state.epoch.is_integer():  # not the end of one
+            control.should_evaluate = control.should_save = False
+
     def on_log(self, args, state, control, logs, **kwargs):
         if "loss" in logs:
             state.log_history[-1]["update_seconds"] = self.seconds
@@ -365,6 +397,8 @@ def parse_settings(arguments: list[str] | None = None) -> tuple[ScriptArguments,
     """Flags over constants; an unknown flag or a bad value ends with a usage line."""
     parser = TrlParser((ScriptArguments, RewardConfig, ModelConfig), description=__doc__.splitlines()[0])
     parser.set_defaults(**default_config(), **LORA_DEFAULTS)
+    names = [each.name for each in (*fields(RewardConfig), *fields(ModelConfig))]
+    defaults = {name: parser.get_default(name) for name in names}  # a --config file will change those of the parser
     try:
         script, config, lora = parser.parse_args_and_config(arguments)
     except (ValueError, OSError) as error:
@@ -382,11 +416,17 @@ def parse_settings(arguments: list[str] | None = None) -> tuple[ScriptArguments,
             parser.error(f"--{name} must be above 0")
     given, untouched = vars(config) | vars(lora), vars(ModelConfig(**LORA_DEFAULTS))
     for name, value in given.items():
-        changed = value != untouched.get(name, parser.get_default(name))
+        changed = value != untouched.get(name, defaults.get(name))
         if changed and name in UNSUPPORTED and not (name == "max_length" and script.streaming):
             parser.error(f"--{name} is not supported: {UNSUPPORTED[name]}")
         if changed and name in LORA_FLAGS and not lora.use_peft:
             parser.error(f"--{name} needs --use_peft")
+    if config.metric_for_best_model.removeprefix("eval_") not in METRICS:
+        parser.error(f"--metric_for_best_model must be one of {', '.join(METRICS)}")
+    if config.seed < 0:
+        parser.error("--seed must not be negative")
+    if config.torch_compile and DEVICE.type == "cpu":
+        parser.error("--torch_compile is not supported on a CPU, where prompts are shared instead")
     if config.max_length is not None and config.max_length < MIN_MAX_LENGTH:
         parser.error(f"--max_length must be at least {MIN_MAX_LENGTH}")
     if script.streaming and config.max_steps <= 0:
@@ -437,9 +477,10 @@ def fit_rhythm(config: RewardConfig, pairs: int) -> int:
 
     config.logging_steps = steps(config.logging_steps, updates // 10)
     config.eval_steps = steps(config.eval_steps or config.logging_steps, updates // 2)
-    # A multiple of the evaluations, so that every checkpoint has its accuracy.
-    config.save_steps = config.eval_steps * max(steps(config.save_steps, updates) // config.eval_steps, 1)
-    if updates < MIN_WARMUP_UPDATES:
+    config.save_steps = steps(config.save_steps, updates)
+    if config.load_best_model_at_end:  # then every checkpoint needs its accuracy
+        config.save_steps = config.eval_steps * max(config.save_steps // config.eval_steps, 1)
+    if updates < MIN_WARMUP_UPDATES and config.warmup_steps == WARMUP_STEPS:
         config.warmup_steps = 0  # the first update of a warm-up has learning rate 0
     return updates
 
@@ -471,6 +512,15 @@ def run_settings(
     return {**config.to_dict(), **vars(script), **adapter, **run}
 
 
+def changes(before: dict[str, Any], settings: dict[str, Any], ignored: set[str]) -> str:
+    """Settings in which a run differs from an earlier one, as `name before -> now`; empty for the same ones."""
+    now = json.loads(json.dumps(settings, default=str))
+    names = sorted((before.keys() | now.keys()) - ignored)
+    return ", ".join(
+        f"{name} {before.get(name)} -> {now.get(name)}" for name in names if before.get(name) != now.get(name)
+    )
+
+
 def prepare_checkpoints(checkpoints: Path, settings: dict[str, Any], ignored: set[str], fresh: bool) -> None:
     """Keep the checkpoints of a run with these settings; otherwise begin with an empty directory.
 
@@ -482,19 +532,20 @@ def prepare_checkpoints(checkpoints: Path, settings: dict[str, Any], ignored: se
     """
     before = None if fresh else read_settings(checkpoints)
     if before and last_checkpoint(checkpoints):
-        now = json.loads(json.dumps(settings, default=str))
-        names = sorted((before.keys() | now.keys()) - ignored)
-        changed = [name for name in names if before.get(name) != now.get(name)]
+        changed = changes(before, settings, ignored)
         if not changed:
             return
         if not (checkpoints / "finished").exists():
-            changes = ", ".join(f"{name} {before.get(name)} -> {now.get(name)}" for name in changed)
             raise InputError(
-                f"{checkpoints}: holds an unfinished run with other settings ({changes}); "
+                f"{checkpoints}: holds an unfinished run with other settings ({changed}); "
                 "--fresh starts over, another --output_dir keeps both"
             )
     with replace_directory(checkpoints, marker="settings.json") as directory:
-        write_text(directory / "settings.json", json.dumps(settings, indent=2, default=str) + "\n")
+        write_text(directory / "settings.json", settings_text(settings))
+
+
+def settings_text(settings: dict[str, Any]) -> str:
+    return json.dumps(settings, indent=2, default=str) + "\n"
 
 
 def checkpoint_to_resume(checkpoints: Path, settings: dict[str, Any], ignored: set[str], fresh: bool) -> str | None:
@@ -522,18 +573,29 @@ def is_complete(checkpoint: Path) -> bool:
     return True
 
 
-def check_checkpoint(checkpoint: Path, settings: dict[str, Any]) -> None:
-    """Make sure that a run with these settings can continue a checkpoint that the user named.
+def adopt_checkpoint(checkpoint: Path, settings: dict[str, Any], checkpoints: Path) -> None:
+    """Let a run with these settings, which saves into `checkpoints`, continue a checkpoint that the user named.
 
     Raises:
-        InputError: not a complete checkpoint, or one of another model or of other data.
+        InputError: not a complete checkpoint, of another model or other data, with another optimiser; or what is in
+            `checkpoints` belongs to another run, with which this one would be mixed up.
     """
     if not is_complete(checkpoint):
         raise InputError(f"{checkpoint}: not a complete checkpoint; name a checkpoint-N directory")
     before = read_settings(checkpoint.parent) or settings
-    for name in ("base_model", "data_identity"):
+    for name in ("base_model", "data_identity", *KEPT_BY_OPTIMIZER):
         if before.get(name) != settings[name]:
             raise InputError(f"{checkpoint}: its {name} is {before.get(name)}, that of this run {settings[name]}")
+    if checkpoint.parent.resolve() != checkpoints.resolve():
+        prepare_checkpoints(checkpoints, settings, IGNORED_ON_RESUME, fresh=False)
+    elif changed := changes(before, settings, IGNORED_ON_RESUME):
+        last = last_checkpoint(checkpoints)
+        if Path(last).resolve() != checkpoint.resolve():
+            raise InputError(
+                f"{checkpoint}: {last} goes on from it with other settings ({changed}); give another --output_dir"
+            )
+        write_text(checkpoints / "settings.json", settings_text(settings))
+        (checkpoints / "finished").unlink(missing_ok=True)
 
 
 def read_settings(checkpoints: Path) -> dict[str, Any] | None:
@@ -684,18 +746,17 @@ def build_trainer(
     if DEVICE.type == "cpu":
         share_prefixes(model)
     try:
-        trainer = PairTrainer(
-            model=model,
-            args=config,
-            data_collator=PlaceCollator(tokenizer.pad_token_id, config.pad_to_multiple_of),
-            train_dataset=train_pairs,
-            eval_dataset=eval_pairs,
-            processing_class=tokenizer,
-            compute_metrics=pair_accuracy,
-            peft_config=get_peft_config(lora),
-        )
-    except ValueError as error:
-        raise InputError(f"the trainer refuses these settings: {first_line(error)}") from error
+        with refused_settings(ValueError):
+            trainer = PairTrainer(
+                model=model,
+                args=config,
+                data_collator=PlaceCollator(tokenizer.pad_token_id, config.pad_to_multiple_of),
+                train_dataset=train_pairs,
+                eval_dataset=eval_pairs,
+                processing_class=tokenizer,
+                compute_metrics=pair_accuracy,
+                peft_config=get_peft_config(lora),
+            )
     except (ImportError, RuntimeError) as error:
         if not config.report_to:
             raise
@@ -712,7 +773,7 @@ def train(trainer: PairTrainer, settings: dict[str, Any], fresh: bool) -> Watch:
     """Run or resume the training; ends the process with exit code 130 when it was interrupted."""
     first, checkpoint = trainer.is_world_process_zero(), trainer.args.resume_from_checkpoint
     if checkpoint:
-        check_checkpoint(Path(checkpoint), settings)
+        decided_by_first(lambda: adopt_checkpoint(Path(checkpoint), settings, Path(trainer.args.output_dir)))
     else:
         checkpoint = checkpoint_to_resume(Path(trainer.args.output_dir), settings, IGNORED_ON_RESUME, fresh)
     if checkpoint:
@@ -737,7 +798,8 @@ def run_figures(trainer: PairTrainer, watch: Watch) -> dict[str, Any]:
     """What the training did and how fast."""
     config, state = trainer.args, trainer.state
     evaluated = {entry["step"] for entry in state.log_history if "eval_pair_accuracy" in entry}
-    saved = {step for step in evaluated if step % config.save_steps == 0 or step == state.max_steps}
+    candidates = sum(map(trainer.competes, evaluated))
+    best = state.best_model_checkpoint if config.load_best_model_at_end else None
     pairs_per_update = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
     seen = state.global_step * pairs_per_update
     return {
@@ -746,8 +808,8 @@ def run_figures(trainer: PairTrainer, watch: Watch) -> dict[str, Any]:
         "train_seconds": watch.seconds,
         "updates": state.global_step,
         "pairs_per_update": pairs_per_update,
-        "candidates": len(saved) if config.load_best_model_at_end else 1,
-        "best_checkpoint": Path(state.best_model_checkpoint or "").name or None,
+        "candidates": candidates if config.load_best_model_at_end else 1,
+        "best_checkpoint": Path(best).name if best else None,
         "device": f"{DEVICE.type} ({str(computing_type(config)).removeprefix('torch.')})",
     }
 

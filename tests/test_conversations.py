@@ -1,3 +1,5 @@
+import copy
+import datetime
 import random
 
 import pytest
@@ -140,6 +142,20 @@ def test_template_has_no_default_system_prompt(smollm, tokenizer):
     assert "helpful AI assistant" in original
     assert "helpful AI assistant" not in tokenizer.decode(encode(tokenizer, "Hi", "Hello", 64))
     assert plain_template(plain_template(original)) == plain_template(original)
+
+
+def test_a_template_with_the_date_of_today_is_the_same_tomorrow(tokenizer):
+    dated = copy.deepcopy(tokenizer)
+    dated.chat_template = (
+        "{{ 'Today: ' + strftime_now(\"%d %b %Y\") + '\\n' }}{% set day = strftime_now( '%Y' ) %}"
+        + tokenizer.chat_template
+    )
+    today = datetime.datetime.now().strftime("%d %b %Y")
+    messages = [{"role": "user", "content": "Hi"}]
+    assert today in dated.apply_chat_template(messages, tokenize=False)
+    dated.chat_template = plain_template(dated.chat_template)
+    text = dated.apply_chat_template(messages, tokenize=False)
+    assert text == "Today: 01 Jan 2025\n" + tokenizer.apply_chat_template(messages, tokenize=False)
     given = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     assert tokenizer.decode(encode_prompt(tokenizer, given, 64)).startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
 

@@ -1,3 +1,4 @@
+import copy
 import csv
 import gzip
 import json
@@ -14,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import load_helpsteer_dataset as lhd
+import load_smollm_model
 from conversations import encode
 from load_smollm_model import InputError
 
@@ -155,6 +157,42 @@ def test_all_file_types_give_the_same_rows(tmp_path):
     for path in files:
         assert rows_of(path) == rows, path
     assert rows_of(tmp_path) == rows * 9
+
+
+def test_csv_rows_are_counted_with_blank_lines_and_keep_their_cells(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('prompt,chosen,rejected\nA,B,C\n\n\nD,,F\nG,"H, i",J\nK,L,M,N\nO,P\n')
+    pairs = [(row.location, pair, reason) for row, pair, reason in lhd.checked_pairs(lhd.open_source(str(path)).rows)]
+    assert [(place.split(" row ")[1], reason) for place, _, reason in pairs] == [
+        ("2", None),
+        ("5", "empty response"),
+        ("6", None),
+        ("7", "more cells than columns; text with commas needs quotes"),
+        ("8", "null"),
+    ]
+    assert [pair["chosen"] for _, pair, _ in pairs if pair] == ["B", "H, i"]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('prompt,chosen,rejected\nA,B,C\nD,"E is unclosed,F\nG,H,I\nJ,K,L\n', r"after row 2: .*end of data"),
+        ('prompt,chosen,rejected\nA,B,C\nD,"E is unclosed,F\nG,"H",I\n', r"after row 2: "),
+        ("prompt,chosen,chosen\nA,B,C\n", "row 1: has two columns 'chosen'"),
+    ],
+)
+def test_a_csv_file_that_would_lose_rows_or_cells_is_refused(tmp_path, text, message):
+    path = tmp_path / "a.csv"
+    path.write_text(text)
+    with pytest.raises(InputError, match=rf"a\.csv.*{message}"):
+        list(lhd.open_source(str(path)).rows)
+
+
+def test_a_file_has_no_split(tmp_path):
+    for name in ("sample", str(tmp_path / "a.csv")):
+        (tmp_path / "a.csv").write_text("prompt,chosen,rejected\n")
+        with pytest.raises(InputError, match="a file has no splits; leave --split test out"):
+            lhd.open_source(name, "test")
 
 
 def test_csv_cells_may_hold_message_lists(tmp_path):
@@ -392,7 +430,7 @@ def test_duplicates_and_contradictions():
     swapped = np.array([0, 0, 0, 0, 1, 1, 1, 1], dtype=bool)
     kept, duplicates, contradicting = lhd.unique_pairs(key, swapped)
     assert kept.tolist() == [0, 1, 5]  # 7 twice, 2 against itself, 3 three times the same
-    assert (duplicates, contradicting) == (3, 2)
+    assert (duplicates.tolist(), contradicting.tolist()) == ([2, 6, 7], [3, 4])
 
 
 def test_keys_tell_equal_from_swapped_pairs():
@@ -454,7 +492,11 @@ def test_from_rows_to_disk(monkeypatch, tmp_path, tiny_model, write_jsonl, capsy
         "duplicate pair": 1, "contradicting pair": 2,
     }  # fmt: skip
     assert metadata["rows"]["kept"] == 19 == 26 - metadata["rows"]["dropped_total"]
-    assert metadata["rows"]["first_dropped"]["null"] == [f"{first} row 18"]
+    places = {
+        reason: [place.split(" row ")[1] for place in found]
+        for reason, found in metadata["rows"]["first_dropped"].items()
+    }
+    assert (places["null"], places["duplicate pair"], places["contradicting pair"]) == (["18"], ["16"], ["2", "17"])
     assert metadata["splits"] == {"train": 15, "validation": 4}
     assert metadata["source"] == f"local file {first} + local file {second}"
     assert metadata["longer_wins"]["train"] == 0
@@ -496,7 +538,9 @@ def test_pairs_that_the_cut_makes_equal_are_left_out_of_train(monkeypatch, tmp_p
     assert sum(metadata["identical_after_cut"].values()) == 5
     in_train = metadata["identical_after_cut"]["train"]
     assert metadata["splits"]["train"] == 8 - in_train == len(splits["train"])
-    assert metadata["rows"]["dropped"] == {"identical once cut to max_length (training pair)": in_train}
+    reason = "identical once cut to max_length (training pair)"
+    assert metadata["rows"]["dropped"] == {reason: in_train}
+    assert len(metadata["rows"]["first_dropped"][reason]) == min(in_train, 3)
     assert metadata["rows"]["kept"] == 10 - in_train
     assert len(splits["validation"]) == 2
 
@@ -599,12 +643,15 @@ def test_the_sample_keeps_its_promises():
 # --- streams ---------------------------------------------------------------------------------------------------------
 
 
-def test_the_sides_of_a_stream_share_no_prompt_and_are_all_pairs(write_jsonl):
+def test_the_sides_of_a_stream_share_no_prompt_and_are_all_pairs(write_jsonl, tokenizer):
     rows = [{**pair, "prompt": f"Prompt {number // 2}"} for number, pair in enumerate(make_pairs(400))]
     source = write_jsonl([*rows, {"prompt": "no answers"}])
 
     def sides(seed):
-        return [[json.dumps(pair) for pair in lhd.stream_pairs(source, None, seed, side)] for side in (False, True)]
+        return [
+            [json.dumps(pair) for pair in lhd.stream_pairs(source, None, tokenizer, seed, side)]
+            for side in (False, True)
+        ]
 
     train, validation = sides(42)
     assert len(train) + len(validation) == 400
@@ -614,13 +661,63 @@ def test_the_sides_of_a_stream_share_no_prompt_and_are_all_pairs(write_jsonl):
     assert sides(42)[1] == validation != sides(43)[1]
 
 
+def test_rows_whose_roles_the_template_refuses_are_dropped(write_jsonl, tokenizer):
+    refusing = copy.deepcopy(tokenizer)
+    refusing.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no') }}{% endif %}" + tokenizer.chat_template
+    )
+    system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    source = write_jsonl([PAIR, {**PAIR, "prompt": system}])
+    found = list(lhd.readable_pairs(lhd.open_source(source).rows, refusing))
+    assert [reason for *_, reason in found] == [None, "the chat template refuses the roles of its turns"]
+    assert found[0][1] and found[1][1] is None
+    assert [reason for *_, reason in lhd.readable_pairs(lhd.open_source(source).rows, tokenizer)] == [None, None]
+
+
+def test_a_row_whose_text_the_template_refuses_is_named(tokenizer):
+    refusing = copy.deepcopy(tokenizer)
+    refusing.chat_template = (
+        "{% if 'secret' in messages[0]['content'] %}{{ raise_exception('no') }}{% endif %}" + tokenizer.chat_template
+    )
+    prompts = [[{"role": "user", "content": text}] for text in ("Hi", "a secret", "Bye")]
+    batch = {"prompt": prompts, "chosen": ["a"] * 3, "rejected": ["b"] * 3, "place": ["row 1", "row 2", "row 3"]}
+    with pytest.raises(InputError, match=r"^row 2: .*refuses these messages \(no\)"):
+        lhd.token_columns(batch, refusing, 64)
+
+
+def test_a_stream_that_breaks_off_is_named(tmp_path):
+    (tmp_path / "README.md").write_text("")
+    rows = [{**PAIR, "prompt": f"{number}?"} for number in range(3000)]
+    for name, part in (("a", rows[:1500]), ("b", rows[1500:])):
+        Dataset.from_list(part).to_parquet(tmp_path / f"train-{name}.parquet")
+    path = tmp_path / "train-b.parquet"
+    content = bytearray(path.read_bytes())
+    content[200:2000] = bytes(1800)
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"train: can not be read to its end \(after row [12]\d{3}: "):
+        list(lhd.open_source(str(tmp_path), streaming=True).rows)
+
+
+def test_a_changed_source_is_another_stream(write_jsonl, tmp_path, tiny_model):
+    source = write_jsonl(make_pairs(60))
+    model = load_smollm_model.ModelSource(tiny_model, "tiny")
+
+    def digest():
+        return lhd.stream_processed(source, None, model, 64, 3, 42)[1]["digest"]
+
+    before = digest()
+    assert digest() == before
+    write_jsonl(make_pairs(61))
+    assert digest() != before
+
+
 def test_a_stream_of_ids_is_endless_and_leaves_out_what_teaches_nothing(write_jsonl, tiny_model, tokenizer):
     start = "word " * 100
     same = [{"prompt": f"Go {number}", "chosen": f"{start}yes", "rejected": f"{start}no"} for number in range(9)]
     source = write_jsonl([*same, *make_pairs(20)])
     splits, metadata = lhd.stream_processed(source, None, lhd.resolve_model(tiny_model), 64, 2, 42)
     assert metadata["max_length"] == 64 and len(splits["validation"]) == 2
-    training = list(lhd.stream_pairs(source, None, 42, validation=False))
+    training = list(lhd.stream_pairs(source, None, tokenizer, 42, validation=False))
     differing = [pair for pair in training if not pair["chosen"].startswith(start)]
     assert len(differing) < len(training)
     known = [tuple(encode(tokenizer, pair["prompt"], pair["chosen"], 64)) for pair in differing]

@@ -182,6 +182,11 @@ def test_every_trl_field_is_a_flag(tmp_path):
         ["--lora_task_type", "CAUSAL_LM", "--use_peft"],
         ["--max_length", "512"],
         ["--chat_template_path", "x"],
+        ["--metric_for_best_model", "accurcy"],
+        ["--seed", "-1"],
+        ["--label_smoothing_factor", "0.3"],
+        ["--save_only_model", "true"],
+        ["--torch_compile", "true"],
         ["--streaming", "x"],
         ["--split", "x"],
         ["--streaming", "x", "--max_steps", "9", "--train_half", "1"],
@@ -193,6 +198,23 @@ def test_bad_flags_are_usage_errors(arguments, capsys):
         trm.parse_settings(arguments)
     assert ended.value.code == 2
     assert arguments[0].strip("-") in capsys.readouterr().err
+
+
+def test_a_config_file_may_not_say_what_flags_may_not(tmp_path, capsys):
+    config = tmp_path / "settings.yaml"
+    config.write_text("learning_rate: 1.0e-3\n")
+    assert trm.parse_settings(["--config", str(config)])[1].learning_rate == 1e-3
+    for line in ("max_length: 40", "pad_token: <|im_end|>", "lora_r: 4"):
+        config.write_text(line + "\n")
+        with pytest.raises(SystemExit) as ended:
+            trm.parse_settings(["--config", str(config)])
+        assert ended.value.code == 2 and line.split(":")[0] in capsys.readouterr().err
+
+
+def test_a_lower_loss_and_a_higher_accuracy_are_better():
+    for metric, greater in (("loss", False), ("eval_loss", False), ("pair_accuracy", True)):
+        assert trm.parse_settings(["--metric_for_best_model", metric])[1].greater_is_better is greater
+    assert trm.parse_settings([])[1].greater_is_better is True
 
 
 def test_a_missing_config_file_is_named(capsys):
@@ -457,6 +479,32 @@ def stop_after(monkeypatch):
 SMALL = ("--learning_rate", "1e-2", "--per_device_train_batch_size", "4", "--gradient_accumulation_steps", "2")
 
 
+@pytest.mark.parametrize("strategy", ["steps", "epoch"])
+def test_what_is_saved_at_an_interruption_does_not_compete_for_the_best(train, stop_after, monkeypatch, strategy):
+    """The accuracy is highest where an undisturbed run keeps nothing: at its first evaluation, or inside an epoch."""
+    rhythm = ("--num_train_epochs", "2", "--eval_steps", "2", "--save_steps", "4")
+    if strategy == "epoch":
+        rhythm = ("--num_train_epochs", "2", "--eval_strategy", "epoch", "--save_strategy", "epoch")
+    calls = []
+
+    def falling(prediction):
+        calls.append(1)
+        return {"pair_accuracy": 0.5 + 0.4 / len(calls)}
+
+    monkeypatch.setattr(trm, "pair_accuracy", falling)
+    whole = train(*SMALL, *rhythm, output="whole")
+    calls.clear()
+    stop_after(1)
+    with pytest.raises(SystemExit):
+        train(*SMALL, *rhythm, output="stopped")
+    stop_after(None)
+    stopped = train(*SMALL, *rhythm, output="stopped")
+    figures = [json.loads((output / "metrics.json").read_text()) for output in (whole, stopped)]
+    assert [each["best_checkpoint"] for each in figures] == ["checkpoint-4"] * 2
+    assert [each["candidates"] for each in figures] == [2, 2]
+    assert same_weights(whole, stopped)
+
+
 @pytest.mark.parametrize("update", [3, 4])  # between two evaluations, and at one
 def test_an_interrupted_run_ends_as_an_undisturbed_one(train, stop_after, capsys, update):
     rhythm = ("--num_train_epochs", "2", "--eval_steps", "2", "--save_steps", "2")
@@ -506,6 +554,68 @@ def test_a_named_checkpoint_is_kept_and_continued(train, capsys):
         with pytest.raises(SystemExit, match="not a complete checkpoint"):
             train(*SMALL, "--resume_from_checkpoint", name)
     assert checkpoint.is_dir()
+
+
+def test_a_run_that_continues_its_own_checkpoint_with_other_settings_is_another_one(train, stop_after, tmp_path):
+    rhythm = ("--num_train_epochs", "2", "--eval_steps", "2", "--save_steps", "2", "--save_total_limit", "9")
+    stop_after(4)
+    with pytest.raises(SystemExit):
+        train(*SMALL, *rhythm)
+    checkpoints = tmp_path / "reward" / "checkpoints"
+    changed = (*SMALL, *rhythm, "--center_rewards_coefficient", "5", "--resume_from_checkpoint")
+    with pytest.raises(SystemExit, match="checkpoint-5 goes on from it with other settings"):
+        train(*changed, str(checkpoints / "checkpoint-4"))
+    with pytest.raises(SystemExit, match=r"checkpoint-5: its learning_rate is 0\.01, that of this run 1e-06"):
+        train(*changed, str(checkpoints / "checkpoint-5"), "--learning_rate", "1e-6")
+    stop_after(5)
+    with pytest.raises(SystemExit):
+        train(*changed, str(checkpoints / "checkpoint-5"))
+    stop_after(None)
+    with pytest.raises(
+        SystemExit, match=r"unfinished run with other settings \(center_rewards_coefficient 5.* -> 0\.01\)"
+    ):
+        train(*SMALL, *rhythm)
+
+
+def test_a_checkpoint_of_elsewhere_does_not_mix_with_what_is_there(train, stop_after):
+    checkpoint = train(*SMALL, output="first") / "checkpoints" / "checkpoint-4"
+    stop_after(1)
+    with pytest.raises(SystemExit):
+        train(*SMALL, "--seed", "7", output="second")
+    stop_after(None)
+    with pytest.raises(SystemExit, match=r"holds an unfinished run with other settings .*seed 7 -> 42"):
+        train(*SMALL, "--max_steps", "6", "--resume_from_checkpoint", str(checkpoint), output="second")
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--learning_rate", "-1"),
+        ("--adam_beta1", "2"),
+        ("--optim", "adamw_bnb_8bit"),
+        ("--lr_scheduler_type", "cosine_with_min_lr"),
+    ],
+)
+def test_settings_that_the_optimiser_refuses_are_one_line(train, arguments):
+    with pytest.raises(SystemExit, match="error: the trainer refuses these settings: ") as ended:
+        train(*arguments)
+    assert "\n" not in str(ended.value.code)
+
+
+def test_checkpoints_without_evaluations_have_a_rhythm_of_their_own(train):
+    options = (
+        "--eval_strategy",
+        "no",
+        "--load_best_model_at_end",
+        "false",
+        "--save_steps",
+        "1",
+        "--save_total_limit",
+        "9",
+    )
+    output = train(*SMALL, *options)
+    assert len(list((output / "checkpoints").glob("checkpoint-*"))) == 4
+    assert json.loads((output / "metrics.json").read_text())["best_checkpoint"] is None
 
 
 def test_other_settings_do_not_continue_a_checkpoint(train, stop_after):
