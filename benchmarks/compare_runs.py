@@ -8,6 +8,7 @@ Out: a Markdown table on the terminal. All intervals are 95 % bootstrap interval
 """
 
 import argparse
+import csv
 import sys
 from pathlib import Path
 
@@ -21,10 +22,8 @@ from evaluate_reward_model import Columns, number, pair_metrics, span
 from load_smollm_model import InputError, first_line, run_script
 from reward_model_demo import bootstrap_interval, wins
 
-NEEDED = {
-    *("prompt_key", "chosen_reward", "rejected_reward", "chosen_length", "rejected_length"),
-    *("rating_gap", "category"),
-}
+NUMBERS = ("chosen_reward", "rejected_reward", "chosen_length", "rejected_length")
+NEEDED = {*NUMBERS, "prompt_key", "rating_gap", "category"}
 HEADER = ["run", "n", "accuracy (95 %)", "difference (95 %)", "gain over longer wins (95 %)", "shorter chosen", "ECE"]
 
 
@@ -32,11 +31,12 @@ def read_columns(directory: str) -> Columns:
     """The scored pairs of a run.
 
     Raises:
-        InputError: no such file, or it can not be read.
+        InputError: no such file, or it can not be read, or a reward or length in it is not a number.
     """
+    path = Path(directory) / "rewards.csv"
     try:
         table = pandas.read_csv(
-            Path(directory) / "rewards.csv",
+            path,
             dtype={"category": str, "rating_gap": float},
             keep_default_na=False,
             na_values={"rating_gap": [""]},
@@ -49,7 +49,23 @@ def read_columns(directory: str) -> Columns:
     if missing or not len(table):
         what = f"no column {sorted(missing)[0]}" if missing else "no rows"
         raise InputError(f"{directory}: its rewards.csv has {what}; evaluate the run again")
+    for name in NUMBERS:
+        values = pandas.to_numeric(table[name].astype(str), errors="coerce")
+        wrong = np.flatnonzero(~np.isfinite(values))
+        if len(wrong):
+            value = str(table[name].iloc[wrong[0]])
+            raise InputError(
+                f"{path}, line {line_of(path, wrong[0])}: {name} is {value!r}, not a number; evaluate the run again"
+            )
     return {name: table[name].to_numpy() for name in table.columns}
+
+
+def line_of(path: Path, row: int) -> int:
+    """Where a row of the table ends in its file; empty lines are no rows, and a quoted cell may have several."""
+    with path.open(newline="", encoding="utf-8") as file:
+        reader = csv.reader(file)
+        ends = [reader.line_num for cells in reader if cells]
+    return ends[row + 1]  # the first one is the header's
 
 
 def compare(runs: dict[str, Columns]) -> list[list[str]]:

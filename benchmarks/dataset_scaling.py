@@ -81,9 +81,14 @@ def measure_preparation(source: Path, output: Path) -> dict[str, float]:
     }
 
 
-def exponent(sizes: list[int], seconds: list[float]) -> float:
-    """Slope of log(seconds beyond those of the smallest size) over log(size): 1 is linear."""
+def exponent(sizes: list[int], seconds: list[float]) -> float | None:
+    """Slope of log(seconds beyond those of the smallest size) over log(size): 1 is linear.
+
+    None where a larger size took no longer than the smallest.
+    """
     extra = np.array(seconds[1:]) - seconds[0]
+    if extra.min() <= 0:
+        return None
     return float(np.polyfit(np.log(sizes[1:]), np.log(extra), 1)[0])
 
 
@@ -101,10 +106,14 @@ def plot(rows: list[dict[str, float]], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sizes = [1_000, 10_000, 100_000]
-    parser.add_argument("--sizes", type=int, nargs="+", default=sizes, help="pairs, ascending (default: %(default)s)")
+    parser.add_argument(
+        "--sizes", type=measure.above_zero, nargs="+", default=sizes, help="pairs, ascending (default: %(default)s)"
+    )
     parser.add_argument("--plot", type=Path, help="PNG file")
     parser.add_argument("--json", type=Path, help="file for the figures")
     options = parser.parse_args()
+    if options.sizes != sorted(set(options.sizes)):
+        parser.error("--sizes must ascend")
     rows = []
     for count in tqdm(options.sizes, desc="Sizes"):
         with tempfile.TemporaryDirectory() as directory:
@@ -122,7 +131,8 @@ def main() -> None:
     measure.print_table(["pairs", "seconds", "pairs/s", "peak memory", "with mapped files", "written"], table)
     if len(rows) > 2:
         slope = exponent([row["pairs"] for row in rows], [row["seconds"] for row in rows])
-        print(f"time grows as size to the power of {slope:.2f} beyond the smallest size")
+        power = "–" if slope is None else f"{slope:.2f}"
+        print(f"time grows as size to the power of {power} beyond the smallest size")
     if options.plot:
         plot(rows, options.plot)
     measure.write_figures(options.json, {"machine": machine, "sizes": rows})

@@ -5,6 +5,7 @@ caches of another one, and its peak memory is its own. Only one computes at a ti
 of the machine's pace meets all of them.
 """
 
+import argparse
 import json
 import multiprocessing
 import resource
@@ -23,13 +24,14 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from load_smollm_model import InputError, pick_device, write_text
+from load_smollm_model import InputError, autocast_dtype, pick_device, write_text
 
 WARM_UP = 1  # turns that are not counted
 TIME_LIMIT = 480  # seconds; the round that is under way then is the last one
 RATE_SHAPE = (2048, 576, 1536)  # of the matrix product: tokens, hidden and intermediate size of SmolLM2-135M
 RATE_REPEATS = 30
 FORWARD, TRAINING = 2, 6  # operations a token and parameter without embeddings (arXiv 2001.08361)
+DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
 Turn = dict[str, Any]
 
@@ -145,23 +147,42 @@ def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * tokens * inner * outer / sorted(seconds)[RATE_REPEATS // 4]
 
 
+def own_dtype() -> torch.dtype:
+    """What this project computes in here wherever it does not compute in fp32 on purpose."""
+    return autocast_dtype(pick_device()) or torch.float32
+
+
+def rate_in(dtype: torch.dtype, machine: dict[str, Any]) -> float:
+    """Operations per second of the matrix products of `machine` in this type."""
+    return machine[f"{DTYPES[dtype]}_rate"]
+
+
 def machine() -> dict[str, Any]:
     """What the figures depend on: device, cores, threads, memory, and the rates of matrix products."""
     device = pick_device()
+    dtypes = {torch.bfloat16, torch.float32, own_dtype()}
     return {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
         "cores": psutil.cpu_count(logical=False) or psutil.cpu_count(),
         "threads": torch.get_num_threads(),
         "memory": psutil.virtual_memory().total,
         "torch": torch.__version__,
-        "bf16_rate": matrix_rate(torch.bfloat16, device),
-        "fp32_rate": matrix_rate(torch.float32, device),
+        **{f"{name}_rate": matrix_rate(dtype, device) for dtype, name in DTYPES.items() if dtype in dtypes},
     }
 
 
 def describe_machine(figures: dict[str, Any]) -> str:
-    rates = ", ".join(f"{name} {figures[f'{name}_rate'] / 1e9:,.0f} GFLOP/s" for name in ("bf16", "fp32"))
+    measured = {name: figures.get(f"{name}_rate") for name in DTYPES.values()}
+    rates = ", ".join(f"{name} {rate / 1e9:,.0f} GFLOP/s" for name, rate in measured.items() if rate)
     return f"{figures['device']}, {figures['threads']} threads, torch {figures['torch']}; matrix products: {rates}"
+
+
+def above_zero(text: str) -> int:
+    """Type of a flag."""
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError("must be above 0")
+    return number
 
 
 def body_parameters(model) -> int:

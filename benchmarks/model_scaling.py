@@ -45,11 +45,7 @@ def make_model(shape: dict, source: str, directory: Path) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", nargs="+", help="sources of pairs (default: as load_helpsteer_dataset.py)")
-    parser.add_argument("--max_length", type=int, default=256, help="tokens (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=7, help="updates each (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="file for the figures")
-    options = parser.parse_args()
+    options = training_speed.parse_options(parser)
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         training_speed.prepare(options.pairs, MODEL_NAME, options.max_length, directory)
@@ -60,9 +56,9 @@ def main() -> None:
         contenders = {shape: (training_speed.run_ours, (name, str(directory / shape))) for shape in SHAPES}
         results = measure.take_turns(contenders, options.rounds)
     print(measure.describe_machine(machine))
-    rows, summary = [], {}
+    rows, summary, rate = [], {}, measure.rate_in(measure.own_dtype(), machine)
     for shape, turns in results.items():
-        each = training_speed.figures(turns, parameters[shape], machine["bf16_rate"])
+        each = training_speed.figures(turns, parameters[shape], rate)
         summary[shape] = {"parameters": parameters[shape], **each}
         memory = f"{each['peak_memory'] / 2**30:.1f} GiB"
         rows.append(

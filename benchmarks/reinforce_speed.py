@@ -11,6 +11,7 @@ the same ones, so rates are per token.
 """
 
 import argparse
+import statistics
 import sys
 import tempfile
 import time
@@ -68,10 +69,11 @@ def plain(turns, settings: Settings) -> None:
     tokenizer, policy, reference = run.tokenizer, run.policy, run.reference
     generate = timed(policy.generate, sampling)
     _, judge = load_trained_reward_model(settings.reward_model)
+    judge.to(policy.device)
     tokenizer.padding_side = "left"
     batches = train_reinforce.batches(run.prompts, settings.completions_per_step, settings.seed)
     for figures, prompts in zip(turns, batches, strict=False):
-        inputs = tokenizer.pad({"input_ids": [prompt.ids for prompt in prompts]}, return_tensors="pt")
+        inputs = tokenizer.pad({"input_ids": [prompt.ids for prompt in prompts]}, return_tensors="pt").to(policy.device)
         width = inputs["input_ids"].shape[1]
         with torch.no_grad():
             ids = generate(**inputs, generation_config=run.sampling)
@@ -109,14 +111,22 @@ def rates(turns: list[measure.Turn]) -> dict[str, float]:
     }
 
 
+def ratio(ours: list[measure.Turn], theirs: list[measure.Turn]) -> float:
+    """Tokens per second of the one divided by those of the other, the median over the rounds."""
+    one, other = ([turn["tokens"] / turn["seconds"] for turn in turns] for turns in (ours, theirs))
+    return statistics.median(own / their for own, their in zip(one, other, strict=True))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default=DATA_DIR, help="default: %(default)s")
     parser.add_argument("--reward_model", default=MODEL_PATH, help="default: %(default)s")
-    parser.add_argument("--completions", type=int, default=COMPLETIONS, help="an update (default: %(default)s)")
+    parser.add_argument(
+        "--completions", type=measure.above_zero, default=COMPLETIONS, help="an update (default: %(default)s)"
+    )
     length = Settings().max_new_tokens
-    parser.add_argument("--max_new_tokens", type=int, default=length, help="default: %(default)s")
-    parser.add_argument("--rounds", type=int, default=5, help="updates each (default: %(default)s)")
+    parser.add_argument("--max_new_tokens", type=measure.above_zero, default=length, help="default: %(default)s")
+    parser.add_argument("--rounds", type=measure.above_zero, default=5, help="updates each (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="file for the figures")
     options = parser.parse_args()
     machine = measure.machine()
@@ -131,15 +141,18 @@ def main() -> None:
         results = measure.take_turns({"ours": (ours, (settings,)), "plain": (plain, (settings,))}, options.rounds)
     print(measure.describe_machine(machine))
     parameters = measure.body_parameters(load_sft_model(resolve_model(settings.model).path))
+    # `train_reinforce.py` does not use fp16.
+    own = torch.bfloat16 if measure.own_dtype() is torch.bfloat16 else torch.float32
+    dtypes = {"ours": own, "plain": torch.float32}
     rows, summary = [], {}
     for name, turns in results.items():
         each = summary[name] = rates(turns)
-        rate = machine["bf16_rate" if name == "ours" else "fp32_rate"]
+        rate = measure.rate_in(dtypes[name], machine)
         each["rate_share"] = OPERATIONS * parameters * each["tokens_per_second"] / rate
-        faster = summary["ours"]["tokens_per_second"] / each["tokens_per_second"]
+        each["ours_is_faster"] = ratio(results["ours"], turns)
         figures = (f"{each[f'{kind}tokens_per_second']:.0f}" for kind in ("", "sampled_", "trained_"))
         memory = f"{each['peak_memory'] / 2**30:.1f} GiB"
-        rows.append([name, *figures, f"{each['rate_share']:.2f}", memory, f"{faster:.2f}"])
+        rows.append([name, *figures, f"{each['rate_share']:.2f}", memory, f"{each['ours_is_faster']:.2f}"])
     header = ["", "tokens/s", "while sampling", "for the rest", "share of the rate", "peak memory", "ours is faster by"]
     measure.print_table(header, rows)
     measure.write_figures(options.json, {"machine": machine, "summary": summary, "turns": results})

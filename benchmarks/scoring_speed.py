@@ -6,11 +6,11 @@ Out: tables on the terminal and, with `--json`, a file with all figures.
     python benchmarks/scoring_speed.py
     python benchmarks/scoring_speed.py --model reward_model_output --pairs my_pairs.jsonl --json scoring_speed.json
 
-bf16        `get_reward_scores` with `mixed_precision=True` (fp32 where the hardware has no bf16)
+bf16        `get_reward_scores` with `mixed_precision=True` (fp16 or fp32 where the hardware has no bf16)
 fp32        `get_reward_scores` as it is by default
 one by one  the plain `transformers` model in fp32, one conversation at a time
 pipeline    `pipeline("text-classification", batch_size=16)` on the formatted conversations
-together    16 candidates of one prompt in one call, in bf16; a prompt as long as an answer
+together    16 candidates of one prompt in one call, as bf16; a prompt as long as an answer
 apart       the same in a call each
 """
 
@@ -27,13 +27,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import measure
 from conversations import encode_batch
 from evaluate_reward_model import read_pairs
-from load_helpsteer_dataset import SAMPLE_FILE
 from load_smollm_model import load_trained_reward_model, pick_device, run_script
 from reward_model_demo import MODEL_PATH, RewardModelEvaluator
 
 CANDIDATES = 16
 CANDIDATE_TOKENS = 128  # of the prompt, and of each of its candidates
-IN_BF16 = {"bf16", "together", "apart"}
+MIXED_PRECISION = {"bf16", "together", "apart"}
 
 
 def by_evaluator(turns, model: str, prompts: list, responses: list[str], mixed_precision: bool) -> None:
@@ -93,9 +92,9 @@ def accuracy(scores: list[float]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=MODEL_PATH, help="trained reward model (default: %(default)s)")
-    parser.add_argument("--pairs", default=str(SAMPLE_FILE), help="default: the sample")
-    parser.add_argument("--limit", type=int, default=64, help="pairs (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=5, help="turns each (default: %(default)s)")
+    parser.add_argument("--pairs", default="sample", help="source of pairs (default: the sample)")
+    parser.add_argument("--limit", type=measure.above_zero, default=64, help="pairs (default: %(default)s)")
+    parser.add_argument("--rounds", type=measure.above_zero, default=5, help="turns each (default: %(default)s)")
     parser.add_argument("--json", type=Path, help="file for the figures")
     options = parser.parse_args()
     pairs = read_pairs(options.pairs)
@@ -134,9 +133,10 @@ def main() -> None:
         for name, turns in group.items():
             seconds = measure.median(turns, "seconds")
             operations = measure.FORWARD * parameters * tokens / seconds
+            dtype = measure.own_dtype() if name in MIXED_PRECISION else torch.float32
             each = summary[name] = {
                 "texts_per_second": len(encoded) / seconds,
-                "rate_share": operations / machine["bf16_rate" if name in IN_BF16 else "fp32_rate"],
+                "rate_share": operations / measure.rate_in(dtype, machine),
                 "peak_memory": max(turn["peak_memory"] for turn in turns),
                 f"{first}_is_faster": measure.statistics.median(measure.ratios(group[first], turns)),
             }

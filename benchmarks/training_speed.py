@@ -21,6 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
 from datasets import DatasetDict, load_from_disk
 from transformers import PrinterCallback, TrainerCallback
 from trl import RewardConfig, RewardTrainer
@@ -34,7 +35,7 @@ from load_helpsteer_dataset import load_processed
 from load_smollm_model import MODEL_NAME, load_reward_model, load_tokenizer, prefix_tree, resolve_model, run_script
 
 PAIRS_PER_UPDATE = ours.PER_DEVICE_TRAIN_BATCH_SIZE * ours.GRADIENT_ACCUMULATION_STEPS
-UPDATES = 64  # more than any measurement takes
+UPDATES = 64  # of a training; more than its warm-up and --rounds
 COLUMNS = ["chosen_ids", "rejected_ids"]
 
 
@@ -53,12 +54,23 @@ class Turns(TrainerCallback):
             self.seen = logs["num_tokens"]
 
 
-def prepare(source: list[str] | None, model: str, max_length: int, directory: Path) -> None:
-    """Pairs that last for `UPDATES`, in the order in which all trainers take them, as processed data."""
+def parse_options(parser: argparse.ArgumentParser) -> argparse.Namespace:
+    """The flags that all benchmarks of the training have, besides those of the parser."""
+    most = UPDATES - measure.WARM_UP - 1  # a turn ends when the next update begins, so the last update is none
+    parser.add_argument("--pairs", nargs="+", default=["sample"], help="sources of pairs (default: the sample)")
+    parser.add_argument("--max_length", type=int, default=256, help="tokens (default: %(default)s)")
+    parser.add_argument("--rounds", type=measure.above_zero, default=7, help="updates each (default: %(default)s)")
+    parser.add_argument("--json", type=Path, help="file for the figures")
+    options = parser.parse_args()
+    if options.rounds > most:
+        parser.error(f"--rounds must be at most {most}: all trainings here have {UPDATES} updates")
+    return options
+
+
+def prepare(source: list[str], model: str, max_length: int, directory: Path) -> None:
+    """Pairs in the order in which all trainers take them, as processed data."""
     options = ["--output", str(directory / "data"), "--max_length", str(max_length), "--model", model]
-    if source:
-        options += ["--source", *source]
-    sys.argv = ["load_helpsteer_dataset.py", *options]
+    sys.argv = ["load_helpsteer_dataset.py", *options, "--source", *source]
     load_helpsteer_dataset.main()
 
 
@@ -140,12 +152,8 @@ def loss_difference(ours: list[measure.Turn], theirs: list[measure.Turn]) -> flo
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--pairs", nargs="+", help="sources of pairs (default: as load_helpsteer_dataset.py)")
     parser.add_argument("--model", default=MODEL_NAME, help="base model (default: %(default)s)")
-    parser.add_argument("--max_length", type=int, default=256, help="tokens (default: %(default)s)")
-    parser.add_argument("--rounds", type=int, default=7, help="updates each (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="file for the figures")
-    options = parser.parse_args()
+    options = parse_options(parser)
     with tempfile.TemporaryDirectory() as directory:
         prepare(options.pairs, options.model, options.max_length, Path(directory))
         tokens = tokens_per_pair(Path(directory))
@@ -162,10 +170,10 @@ def main() -> None:
             options.rounds,
         )
     print(measure.describe_machine(machine))
-    rates = {"ours": "bf16_rate", "trl": "bf16_rate", "plain": "fp32_rate"}
+    dtypes = {"ours": measure.own_dtype(), "trl": torch.bfloat16, "plain": torch.float32}
     rows, summary = [], {}
     for name, turns in results.items():
-        each = summary[name] = figures(turns, parameters, machine[rates[name]])
+        each = summary[name] = figures(turns, parameters, measure.rate_in(dtypes[name], machine))
         ratio = measure.statistics.median(measure.ratios(results["ours"], turns))
         each["ours_is_faster"] = ratio
         each["loss_difference"] = loss_difference(results["ours"], turns)

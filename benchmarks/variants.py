@@ -1,6 +1,6 @@
 """Variants of the training that were measured and did not become part of it; see `docs/experiments.md`.
 
-In:  as `train_reward_model.py`, whose flags it takes, and the name of a variant.
+In:  as `train_reward_model.py`, whose flags it takes but for `--streaming`, and the name of a variant.
 Out: as `train_reward_model.py`.
 
     python benchmarks/variants.py length_expert --max_train_samples 1000 --output_dir length_expert
@@ -128,6 +128,8 @@ def main() -> None:
         train_reward_model.share_prefixes = lambda model: False  # its loss is on whole conversations
     load = train_reward_model.load_processed
     script, config, lora = train_reward_model.parse_settings()
+    if script.streaming:
+        raise InputError("variants.py needs prepared data (--data); a variant does not go with --streaming")
     if variant == "lm_loss" and lora.use_peft:
         sys.exit("error: lm_loss does not go with --use_peft")
 

@@ -1,5 +1,7 @@
 import numpy as np
+import pandas
 import pytest
+from conftest import run_main
 from test_evaluate_reward_model import random_columns
 
 from benchmarks import compare_runs
@@ -48,3 +50,33 @@ def test_a_run_without_rewards_is_named(tmp_path):
     (tmp_path / "rewards.csv").write_text("prompt_key,chosen_reward\n1,0.5\n")
     with pytest.raises(InputError, match="no column category"):
         compare_runs.read_columns(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "column, value",
+    [
+        ("chosen_reward", ""), ("rejected_reward", "high"), ("chosen_reward", "True"), ("rejected_reward", "inf"),
+        ("chosen_length", "nan"), ("rejected_length", ""),
+    ],
+)  # fmt: skip
+def test_what_is_no_number_is_named_with_its_line(runs, column, value, monkeypatch):
+    _, directory = runs
+    path = directory / "second" / "rewards.csv"
+    table = pandas.read_csv(path, dtype=str, keep_default_na=False)
+    table.loc[4, "category"] = "two\nlines"
+    table.loc[7:9, column] = value
+    table.to_csv(path, index=False)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:3], "", *lines[3:]]) + "\n")
+    with pytest.raises(SystemExit) as ended:
+        run_main(compare_runs, monkeypatch, directory / "first", directory / "second")
+    # Line 1 is the header, so row 7 would be line 9, but for the empty line and the category in two lines.
+    assert f"{path}, line 11: {column} is {value!r}, not a number; evaluate" in ended.value.code
+
+
+def test_rewards_that_are_all_text_are_named(runs):
+    _, directory = runs
+    path = directory / "first" / "rewards.csv"
+    pandas.read_csv(path).assign(rejected_reward="x").to_csv(path, index=False)
+    with pytest.raises(InputError, match="line 2: rejected_reward is 'x'"):
+        compare_runs.read_columns(str(directory / "first"))

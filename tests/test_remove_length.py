@@ -1,4 +1,5 @@
 import numpy as np
+import pandas
 import pytest
 from conftest import run_main
 from test_evaluate_reward_model import random_columns
@@ -52,6 +53,17 @@ def test_the_result_is_a_run_to_compare(tmp_path, monkeypatch):
     expected = remove_length.without_length(columns)
     assert corrected["chosen_reward"] == pytest.approx(expected["chosen_reward"], abs=1e-9)
     assert (corrected["prompt_key"] == columns["prompt_key"]).all()
+
+
+def test_a_reward_that_is_no_number_is_named(tmp_path, monkeypatch):
+    columns = random_columns()
+    columns["rejected_reward"][3] = np.nan  # an empty cell of the file
+    (tmp_path / "run").mkdir()
+    pandas.DataFrame(columns).to_csv(tmp_path / "run" / "rewards.csv", index=False)
+    with pytest.raises(SystemExit) as ended:
+        run_main(remove_length, monkeypatch, tmp_path / "run", tmp_path / "corrected")
+    assert "rewards.csv, line 5: rejected_reward is ''" in ended.value.code and "\n" not in ended.value.code
+    assert not (tmp_path / "corrected").exists()
 
 
 def test_one_prompt_can_not_be_halved(tmp_path, monkeypatch):
