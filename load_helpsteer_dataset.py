@@ -757,9 +757,9 @@ def stream_processed(
 
 
 def versions(source: str) -> str:
-    """Sizes and times of change of a local source's files, as a hash; empty for the hub, which has revisions."""
+    """Sizes and times of change of a local source's data files, as a hash; empty for the hub, which has revisions."""
     path = SAMPLE_FILE if source == "sample" else Path(source)
-    files = sorted(file for file in [path, *path.rglob("*")] if file.is_file())
+    files = sorted(file for file in [path, *path.rglob("*")] if file.is_file() and file_type(file) in FILE_TYPES)
     seen = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
     return f", files {_hash(json.dumps(seen)):x}" if seen else ""
 
