@@ -117,6 +117,22 @@ def encode_prompt(tokenizer, prompt: str | Sequence[dict[str, str]], max_length:
     return _cut_middle(_tokenize(tokenizer, [opening])[0], int(max_length * PROMPT_SHARE))
 
 
+def first_refused(
+    tokenizer, prompts: Sequence[str | Sequence[dict[str, str]]], max_length: int
+) -> tuple[int, str] | None:
+    """Index of the first of N prompts that can not be encoded, because the chat template refuses it, and why."""
+    try:
+        encode_batch(tokenizer, prompts, [""] * len(prompts), max_length)
+    except ValueError:
+        for index, prompt in enumerate(prompts):
+            try:
+                encode_prompt(tokenizer, prompt, max_length)
+            except ValueError as error:
+                return index, str(error)
+        raise
+    return None
+
+
 def encode_batch(
     tokenizer, prompts: Sequence[str | Sequence[dict[str, str]]], responses: Sequence[str], max_length: int
 ) -> list[Encoded]:

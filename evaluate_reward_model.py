@@ -33,6 +33,7 @@ from tabulate import tabulate
 from conversations import encode_stream, response_length
 from load_helpsteer_dataset import (
     OUTPUT_DIR,
+    check_split,
     checked_pairs,
     load_processed,
     open_source,
@@ -599,6 +600,7 @@ def parse_options() -> argparse.Namespace:
 
 def main() -> None:
     options = parse_options()
+    check_split(options.pairs, options.split)
     sources = {name: read_pairs(name, options.split) for name in options.pairs}
     evaluator = RewardModelEvaluator(options.model, mixed_precision=True)
     for pairs in sources.values():

@@ -56,7 +56,7 @@ from conversations import (
     MIN_MAX_LENGTH,
     Messages,
     encode_batch,
-    encode_prompt,
+    first_refused,
     parse_prompt,
     response_length,
     response_text,
@@ -95,6 +95,7 @@ SAMPLE_FILE = Path(__file__).parent / "sample_data" / "helpsteer_sample.jsonl"
 FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet")
 ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")  # of a raw HelpSteer2 row
 RATING_COLUMNS = {"chosen": ("chosen_rating", "chosen_score"), "rejected": ("rejected_rating", "rejected_score")}
+READ_COLUMNS = {"prompt", "chosen", "rejected", "response", *ATTRIBUTES, *itertools.chain(*RATING_COLUMNS.values())}
 BATCH_SIZE = 1000  # rows per step, for reading and tokenising
 EXAMPLES = 3  # places kept of each reason to drop a pair
 MAX_DEPTH = 100  # lists and objects in each other
@@ -148,11 +149,22 @@ class Source(NamedTuple):
 def open_sources(names: list[str] | None, split: str | None) -> list[Source]:
     """Open the named sources; with none named, the hub's dataset or, out of its reach, the sample."""
     if names:
+        check_split(names, split)
         return [open_source(name, split) for name in names]
     if hub_reachable():
         return [open_source("hub", split)]
     print(f"The hub can not be reached: using the sample pairs in {SAMPLE_FILE.parent.name}/ instead of {HUB_DATASET}.")
     return [open_source("sample", None)]
+
+
+def check_split(names: list[str], split: str | None) -> None:
+    """Make sure that a split is named only where one of the sources may have it.
+
+    Raises:
+        InputError: all are files.
+    """
+    if split and all(name == "sample" or Path(name).is_file() for name in names):
+        raise InputError(f"{', '.join(names)}: files have no splits; leave --split {split} out")
 
 
 def open_source(name: str, split: str | None = None, streaming: bool = False) -> Source:
@@ -162,8 +174,6 @@ def open_source(name: str, split: str | None = None, streaming: bool = False) ->
         InputError: no such file, directory or hub dataset; unknown file type or split; hub out of reach.
     """
     path = SAMPLE_FILE if name == "sample" else Path(name)
-    if path.is_file() and split:
-        raise InputError(f"{name}: a file has no splits; leave --split {split} out")
     if path.is_file():
         origin = "sample pairs of this project" if name == "sample" else f"local file {name}"
         return Source(name, origin, read_file(path))
@@ -307,18 +317,18 @@ def read_csv(file) -> Iterator[tuple[int, Any, str | None]]:
         raise InputError(f"{file.name} row {first}: not valid UTF-8; convert the file")
     if len(header) == 1:
         raise InputError(f"{file.name} row {first}: has one column, {header[0]!r}; cells must be separated by commas")
-    if twice := [column for column, count in Counter(header).items() if column and count > 1]:
+    if twice := [column for column, count in Counter(header).items() if column in READ_COLUMNS and count > 1]:
         raise InputError(f"{file.name} row {first}: has two columns {twice[0]!r}; rename one of them")
     # Not `DictReader`, which passes over blank lines without counting them, and `strict`: a quote that is never closed
     # would make one cell of the rest of the file.
     for number, cells in enumerate(csv.reader(lines, strict=True), start=first + 1):
         if not cells:
             continue
-        if len(cells) > len(header):
+        if any(cells[len(header) :]):
             yield number, {}, "more cells than columns; text with commas needs quotes"
             continue
         try:
-            yield number, dict(itertools.zip_longest(header, map(parse_cell, cells))), None
+            yield number, dict(itertools.zip_longest(header, map(parse_cell, cells[: len(header)]))), None
         except BadRow as error:
             yield number, {}, str(error)
 
@@ -454,19 +464,14 @@ def checked_pairs(rows: Iterable[Row]) -> Iterator[tuple[Row, dict[str, Any] | N
 def readable_pairs(rows: Iterable[Row], tokenizer) -> Iterator[tuple[Row, dict[str, Any] | None, str | None]]:
     """As `checked_pairs`, without pairs whose turns the chat template refuses; some know no system turns."""
 
-    @functools.cache
-    def refused(roles: tuple[str, ...]) -> bool:
-        try:
-            encode_prompt(tokenizer, [{"role": role, "content": role} for role in roles], MAX_LENGTH)
-        except ValueError:
-            return True
-        return False
+    @functools.cache  # what a template refuses is an order of roles, and there are few
+    def refusal(roles: tuple[str, ...]) -> str | None:
+        refused = first_refused(tokenizer, [[{"role": role, "content": role} for role in roles]], MAX_LENGTH)
+        return refused[1] if refused else None
 
     for row, pair, reason in checked_pairs(rows):
-        if pair and refused(tuple(message["role"] for message in pair["prompt"])):
-            yield row, None, "the chat template refuses the roles of its turns"
-        else:
-            yield row, pair, reason
+        refused = refusal(tuple(message["role"] for message in pair["prompt"])) if pair else None
+        yield (row, None, refused) if refused else (row, pair, reason)
 
 
 def _checked_response(messages: Messages, completion: Any) -> str:
@@ -643,14 +648,12 @@ def token_columns(batch: dict[str, list], tokenizer, max_length: int) -> dict[st
     try:
         chosen = encode_batch(tokenizer, batch["prompt"], batch["chosen"], max_length)
         rejected = encode_batch(tokenizer, batch["prompt"], batch["rejected"], max_length)
-    except ValueError:
-        for prompt, place in zip(batch["prompt"], batch["place"], strict=True):
-            try:
-                encode_prompt(tokenizer, prompt, max_length)
-            except ValueError as error:
-                message = f"{place}: {tokenizer.name_or_path}: {error}; leave the row out or use another --model"
-                raise InputError(message) from error
-        raise
+    except ValueError as error:
+        index, reason = first_refused(tokenizer, batch["prompt"], max_length)
+        message = (
+            f"{batch['place'][index]}: {tokenizer.name_or_path}: {reason}; leave the row out or use another --model"
+        )
+        raise InputError(message) from error
     pairs = list(zip(chosen, rejected, strict=True))
     return {
         "chosen_ids": [one.ids for one in chosen],
@@ -735,6 +738,7 @@ def stream_processed(
     Raises:
         InputError: no usable pair on one of the sides, or the source can not be read.
     """
+    check_split([source], split)
     tokenizer = load_tokenizer(model.path)
     held_out = list(itertools.islice(stream_pairs(source, split, tokenizer, seed, validation=True), validation_pairs))
     if not held_out:

@@ -14,7 +14,7 @@ import argparse
 import itertools
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +23,7 @@ import scipy.stats
 import torch
 from tqdm.auto import tqdm
 
-from conversations import Messages, encode_prompt, encode_stream, parse_prompt, response_length, response_text
+from conversations import Messages, encode_stream, first_refused, parse_prompt, response_length, response_text
 from load_smollm_model import (
     InputError,
     autocast,
@@ -464,26 +464,24 @@ def with_rewards(row: dict[str, Any], rewards: list[float]) -> dict[str, Any]:
     return {**row, "chosen_reward": rewards[0], "rejected_reward": rewards[1]}
 
 
-def check_templates(evaluator: RewardModelEvaluator, prompts: Iterable[Prompt], places: Iterable[str]) -> None:
+def check_templates(evaluator: RewardModelEvaluator, prompts: Sequence[Prompt], places: Sequence[str]) -> None:
     """Make sure that the chat template of every member takes every prompt; some refuse system turns.
 
     Raises:
         InputError: names the first place whose prompt is refused.
     """
-    for prompt, place in zip(prompts, places, strict=True):
-        for member in evaluator.members:
-            try:
-                encode_prompt(member.tokenizer, prompt, member.max_length)
-            except ValueError as error:
-                raise InputError(f"{place}: {member.model.name_or_path} can not read it: {error}") from error
+    for start, member in itertools.product(range(0, len(prompts), CHUNK), evaluator.members):
+        if refused := first_refused(member.tokenizer, prompts[start : start + CHUNK], member.max_length):
+            index, reason = refused
+            raise InputError(f"{places[start + index]}: {member.model.name_or_path} can not read it: {reason}")
 
 
 def score_file(evaluator: RewardModelEvaluator, source: Path, target: Path) -> int:
     """Score every line of a JSONL file into another one, which appears only when it is complete; returns the lines."""
-    total = 0
-    for place, row in read_lines(source):  # a first pass, so that a bad row is found before the work is done
-        check_templates(evaluator, [row["prompt"]], [place])
-        total += 1
+    total, lines = 0, read_lines(source)
+    while chunk := list(itertools.islice(lines, CHUNK)):  # a first pass: a bad row is found before the work is done
+        check_templates(evaluator, [row["prompt"] for _, row in chunk], [place for place, _ in chunk])
+        total += len(chunk)
     if not total:
         raise InputError(f"{source}: the file is empty")
     rows = (row for _, row in read_lines(source))

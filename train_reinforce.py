@@ -1168,7 +1168,7 @@ def open_run(
 def main() -> None:
     settings = parse_settings()
     output = Path(settings.output_dir)
-    claim_output(output, settings.model, "ForCausalLM")
+    claim_output(output, [*filter(None, (settings.model, settings.reward_model, settings.second_judge))], rewards=False)
     accelerator = build_accelerator(settings)
     splits, metadata = load_processed(settings.data)
     with held_output(output):

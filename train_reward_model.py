@@ -22,7 +22,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -134,7 +134,7 @@ CHECKPOINT_REMEDY = "delete this checkpoint, the one before it is used then, or 
 LOCK = ".lock"  # in the output directory while a run writes there
 MIN_WARMUP_UPDATES = 20  # shorter runs start at the full learning rate
 
-METRICS = ("pair_accuracy", "loss")  # of an evaluation
+METRICS = ("pair_accuracy", "accuracy", "margin", "loss")  # of an evaluation
 # What the state of an optimiser brings along: a run that continues a checkpoint can not change it.
 KEPT_BY_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim")
 
@@ -323,7 +323,9 @@ class PairTrainer(RewardTrainer):
         return self.args.save_strategy != SaveStrategy.STEPS or regular
 
     def _determine_best_metric(self, metrics, trial):
-        return self.competes(self.state.global_step) and super()._determine_best_metric(metrics, trial)
+        best = self.competes(self.state.global_step) and super()._determine_best_metric(metrics, trial)
+        # With `--save_strategy best` the answer decides whether a checkpoint is saved: one that is stopped needs it.
+        return best or self.control.should_training_stop
 
 
 def pair_accuracy(prediction: EvalPrediction) -> dict[str, float]:
@@ -382,7 +384,8 @@ class Watch(TrainerCallback):
             self.interrupted = control.should_save = control.should_training_stop = True
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        if self.interrupted and not state.epoch.is_integer():  # not the end of one
+        if self.interrupted and state.global_step < state.max_steps and not state.epoch.is_integer():
+            # Not the end of one: what an undisturbed run would not evaluate.
             control.should_evaluate = control.should_save = False
 
     def on_log(self, args, state, control, logs, **kwargs):
@@ -421,7 +424,7 @@ def parse_settings(arguments: list[str] | None = None) -> tuple[ScriptArguments,
             parser.error(f"--{name} is not supported: {UNSUPPORTED[name]}")
         if changed and name in LORA_FLAGS and not lora.use_peft:
             parser.error(f"--{name} needs --use_peft")
-    if config.metric_for_best_model.removeprefix("eval_") not in METRICS:
+    if (config.metric_for_best_model or "loss").removeprefix("eval_") not in METRICS:
         parser.error(f"--metric_for_best_model must be one of {', '.join(METRICS)}")
     if config.seed < 0:
         parser.error("--seed must not be negative")
@@ -582,20 +585,22 @@ def adopt_checkpoint(checkpoint: Path, settings: dict[str, Any], checkpoints: Pa
     """
     if not is_complete(checkpoint):
         raise InputError(f"{checkpoint}: not a complete checkpoint; name a checkpoint-N directory")
-    before = read_settings(checkpoint.parent) or settings
+    check_files(checkpoint, CHECKPOINT_REMEDY)
+    before = read_settings(checkpoint.parent) or json.loads(settings_text(settings))
     for name in ("base_model", "data_identity", *KEPT_BY_OPTIMIZER):
         if before.get(name) != settings[name]:
             raise InputError(f"{checkpoint}: its {name} is {before.get(name)}, that of this run {settings[name]}")
     if checkpoint.parent.resolve() != checkpoints.resolve():
         prepare_checkpoints(checkpoints, settings, IGNORED_ON_RESUME, fresh=False)
-    elif changed := changes(before, settings, IGNORED_ON_RESUME):
-        last = last_checkpoint(checkpoints)
+        return
+    if changed := changes(before, settings, IGNORED_ON_RESUME):
+        last = last_checkpoint(checkpoints) or checkpoints
         if Path(last).resolve() != checkpoint.resolve():
             raise InputError(
                 f"{checkpoint}: {last} goes on from it with other settings ({changed}); give another --output_dir"
             )
         write_text(checkpoints / "settings.json", settings_text(settings))
-        (checkpoints / "finished").unlink(missing_ok=True)
+    (checkpoints / "finished").unlink(missing_ok=True)
 
 
 def read_settings(checkpoints: Path) -> dict[str, Any] | None:
@@ -613,17 +618,19 @@ def read_settings(checkpoints: Path) -> dict[str, Any] | None:
         raise InputError(f"{path}: damaged ({first_line(error)}); --fresh starts over") from error
 
 
-def claim_output(output: Path, base_model: str, head: str) -> None:
-    """Refuse a directory that holds something else than such a model of ours or its checkpoints, or the base model.
+def claim_output(output: Path, needed: Sequence[str], rewards: bool) -> None:
+    """Refuse a directory that holds something else than a model of this kind or its checkpoints, or a needed model.
 
     Args:
-        head: what the architecture of such a model ends with, "ForSequenceClassification" or "ForCausalLM".
+        needed: models that the run reads.
+        rewards: whether the run makes a reward model.
 
     Raises:
         InputError: it does.
     """
-    if output.exists() and Path(base_model).exists() and output.samefile(base_model):
-        raise InputError(f"{output}: is the base model, which would be overwritten; choose another --output_dir")
+    for model in needed:
+        if output.exists() and Path(model).exists() and output.samefile(model):
+            raise InputError(f"{output}: this run reads the model there; choose another --output_dir")
     ours = output.is_dir() and ((output / "checkpoints").is_dir() or {each.name for each in output.iterdir()} <= {LOCK})
     if output.exists() and not ours:
         raise InputError(f"{output}: holds other files, which a model would overwrite; choose another --output_dir")
@@ -631,7 +638,7 @@ def claim_output(output: Path, base_model: str, head: str) -> None:
         found = json.loads((output / "config.json").read_text(encoding="utf-8"))["architectures"][0]
     except (OSError, ValueError, LookupError, TypeError):
         return  # no model, or a damaged one
-    if not str(found).endswith(head):
+    if str(found).endswith("ForSequenceClassification") != rewards:
         raise InputError(f"{output}: holds a {found}, which would be overwritten; choose another --output_dir")
 
 
@@ -892,7 +899,7 @@ def main() -> None:
     script, config, lora = parse_settings()
     output = Path(config.output_dir)
     config.output_dir = str(output / "checkpoints")
-    claim_output(output, script.model, "ForSequenceClassification")
+    claim_output(output, [script.model], rewards=True)
     prepared = None if script.streaming else load_processed(script.data)
     with held_output(output):
         source = resolve_model(script.model)

@@ -142,6 +142,8 @@ def test_template_has_no_default_system_prompt(smollm, tokenizer):
     assert "helpful AI assistant" in original
     assert "helpful AI assistant" not in tokenizer.decode(encode(tokenizer, "Hi", "Hello", 64))
     assert plain_template(plain_template(original)) == plain_template(original)
+    given = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    assert tokenizer.decode(encode_prompt(tokenizer, given, 64)).startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
 
 
 def test_a_template_with_the_date_of_today_is_the_same_tomorrow(tokenizer):
@@ -156,8 +158,6 @@ def test_a_template_with_the_date_of_today_is_the_same_tomorrow(tokenizer):
     dated.chat_template = plain_template(dated.chat_template)
     text = dated.apply_chat_template(messages, tokenize=False)
     assert text == "Today: 01 Jan 2025\n" + tokenizer.apply_chat_template(messages, tokenize=False)
-    given = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
-    assert tokenizer.decode(encode_prompt(tokenizer, given, 64)).startswith("<|im_start|>system\nBe brief.<|im_end|>\n")
 
 
 # --- the length rule and independence --------------------------------------------------------------------------------

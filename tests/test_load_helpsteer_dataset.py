@@ -161,7 +161,7 @@ def test_all_file_types_give_the_same_rows(tmp_path):
 
 def test_csv_rows_are_counted_with_blank_lines_and_keep_their_cells(tmp_path):
     path = tmp_path / "a.csv"
-    path.write_text('prompt,chosen,rejected\nA,B,C\n\n\nD,,F\nG,"H, i",J\nK,L,M,N\nO,P\n')
+    path.write_text('prompt,chosen,rejected\nA,B,C\n\n\nD,,F\nG,"H, i",J,,\nK,L,M,N\nO,P\n')
     pairs = [(row.location, pair, reason) for row, pair, reason in lhd.checked_pairs(lhd.open_source(str(path)).rows)]
     assert [(place.split(" row ")[1], reason) for place, _, reason in pairs] == [
         ("2", None),
@@ -178,7 +178,7 @@ def test_csv_rows_are_counted_with_blank_lines_and_keep_their_cells(tmp_path):
     [
         ('prompt,chosen,rejected\nA,B,C\nD,"E is unclosed,F\nG,H,I\nJ,K,L\n', r"after row 2: .*end of data"),
         ('prompt,chosen,rejected\nA,B,C\nD,"E is unclosed,F\nG,"H",I\n', r"after row 2: "),
-        ("prompt,chosen,chosen\nA,B,C\n", "row 1: has two columns 'chosen'"),
+        ("prompt,chosen,chosen,note,note\nA,B,C\n", "row 1: has two columns 'chosen'"),
     ],
 )
 def test_a_csv_file_that_would_lose_rows_or_cells_is_refused(tmp_path, text, message):
@@ -189,10 +189,14 @@ def test_a_csv_file_that_would_lose_rows_or_cells_is_refused(tmp_path, text, mes
 
 
 def test_a_file_has_no_split(tmp_path):
-    for name in ("sample", str(tmp_path / "a.csv")):
-        (tmp_path / "a.csv").write_text("prompt,chosen,rejected\n")
-        with pytest.raises(InputError, match="a file has no splits; leave --split test out"):
-            lhd.open_source(name, "test")
+    (tmp_path / "a.csv").write_text("prompt,chosen,rejected\n")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "test.jsonl").write_text("")
+    file, directory = str(tmp_path / "a.csv"), str(tmp_path / "data")
+    for names in (["sample"], ["sample", file]):
+        with pytest.raises(InputError, match="files have no splits; leave --split test out"):
+            lhd.open_sources(names, "test")
+    assert len(lhd.open_sources([file, directory], "test")) == 2
 
 
 def test_csv_cells_may_hold_message_lists(tmp_path):
@@ -669,7 +673,7 @@ def test_rows_whose_roles_the_template_refuses_are_dropped(write_jsonl, tokenize
     system = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
     source = write_jsonl([PAIR, {**PAIR, "prompt": system}])
     found = list(lhd.readable_pairs(lhd.open_source(source).rows, refusing))
-    assert [reason for *_, reason in found] == [None, "the chat template refuses the roles of its turns"]
+    assert [reason for *_, reason in found] == [None, "the chat template refuses these messages (no)"]
     assert found[0][1] and found[1][1] is None
     assert [reason for *_, reason in lhd.readable_pairs(lhd.open_source(source).rows, tokenizer)] == [None, None]
 

@@ -668,11 +668,15 @@ def test_a_damaged_checkpoint_is_named(reinforce, monkeypatch):
     assert "has 1 updates, but the checkpoint has 2" in str(ended.value.code)
 
 
-def test_the_reward_model_is_not_overwritten(reinforce, other_reward_model):
+def test_the_reward_model_is_not_overwritten(reinforce, other_reward_model, tmp_path):
     (Path(other_reward_model) / "checkpoints").mkdir(exist_ok=True)  # as the training leaves it
     with pytest.raises(SystemExit) as ended:
         reinforce(output=other_reward_model)
-    assert "holds a LlamaForSequenceClassification" in str(ended.value.code)
+    assert "this run reads the model there" in str(ended.value.code)
+    another = shutil.copytree(other_reward_model, tmp_path / "another")
+    with pytest.raises(SystemExit) as ended:
+        reinforce(output=another)
+    assert "holds a LlamaForSequenceClassification, which would be overwritten" in str(ended.value.code)
 
 
 def test_p_values_keep_their_digits():

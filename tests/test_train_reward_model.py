@@ -193,7 +193,8 @@ def test_every_trl_field_is_a_flag(tmp_path):
         ["--streaming", "x", "--max_steps", "9", "--max_length", "8"],
     ],
 )
-def test_bad_flags_are_usage_errors(arguments, capsys):
+def test_bad_flags_are_usage_errors(arguments, capsys, monkeypatch):
+    monkeypatch.setattr(trm, "DEVICE", torch.device("cpu"))
     with pytest.raises(SystemExit) as ended:
         trm.parse_settings(arguments)
     assert ended.value.code == 2
@@ -503,6 +504,38 @@ def test_what_is_saved_at_an_interruption_does_not_compete_for_the_best(train, s
     assert [each["best_checkpoint"] for each in figures] == ["checkpoint-4"] * 2
     assert [each["candidates"] for each in figures] == [2, 2]
     assert same_weights(whole, stopped)
+
+
+def test_a_stop_in_the_last_update_is_evaluated_as_always(train, stop_after):
+    """Of a run that ends inside an epoch."""
+    rhythm = ("--max_steps", "6", "--eval_strategy", "epoch", "--save_strategy", "epoch")
+    whole = train(*SMALL, *rhythm, output="whole")
+    stop_after(5)
+    stopped = train(*SMALL, *rhythm, output="stopped")
+    logs = [json.loads((output / "training_log.json").read_text()) for output in (whole, stopped)]
+    evaluated = [[entry["step"] for entry in log if "eval_pair_accuracy" in entry] for log in logs]
+    assert evaluated == [[4, 6], [4, 6]]
+    assert same_weights(whole, stopped)
+
+
+def test_a_stop_at_an_evaluation_that_is_not_the_best_is_saved(train, stop_after, monkeypatch, tmp_path, capsys):
+    accuracies = iter([0.9, 0.5, 0.4, 0.3])
+    monkeypatch.setattr(trm, "pair_accuracy", lambda prediction: {"pair_accuracy": next(accuracies)})
+    rhythm = ("--num_train_epochs", "2", "--eval_steps", "2", "--save_strategy", "best")
+    stop_after(3)
+    with pytest.raises(SystemExit):
+        train(*SMALL, *rhythm)
+    assert "Stopped at update 4 of 8, checkpoint saved" in capsys.readouterr().out
+    assert trm.last_checkpoint(tmp_path / "reward" / "checkpoints").endswith("checkpoint-4")
+    stop_after(None)
+    output = train(*SMALL, *rhythm)
+    assert json.loads((output / "metrics.json").read_text())["best_checkpoint"] == "checkpoint-2"
+
+
+@pytest.mark.parametrize("metric", ["accuracy", "margin"])
+def test_figures_of_trl_may_choose_the_best(train, metric):
+    output = train(*SMALL, "--metric_for_best_model", metric)
+    assert json.loads((output / "metrics.json").read_text())["best_checkpoint"]
 
 
 @pytest.mark.parametrize("update", [3, 4])  # between two evaluations, and at one
@@ -901,7 +934,7 @@ def test_lora_flags_that_peft_refuses_are_named(train):
 
 def test_the_base_model_is_not_overwritten(train):
     output = train()
-    with pytest.raises(SystemExit, match="is the base model"):
+    with pytest.raises(SystemExit, match="this run reads the model there"):
         train("--model", output, "--output_dir", output)
 
 
