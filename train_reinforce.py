@@ -71,6 +71,7 @@ from train_reward_model import (
     claim_output,
     data_identity,
     held_output,
+    named,
     publish,
     stop_requests,
 )
@@ -344,11 +345,6 @@ def sampling_config(settings: Settings, end_ids: list[int], pad_id: int) -> Gene
         eos_token_id=end_ids,
         pad_token_id=pad_id,
     )
-
-
-def named(places: Sequence[str]) -> str:
-    """Where prompts come from, for the end of a message; empty without any."""
-    return f" at {', '.join(places)}" if places else ""
 
 
 def refuse_non_finite(prompts: Sequence[Prompt]) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
@@ -1006,9 +1002,9 @@ def build_run(settings: Settings, accelerator: Accelerator, splits: DatasetDict,
     prompts, unseen = read_prompts(splits, tokenizer, settings)
     evaluator = load_judge(settings, "reward_model", accelerator.device)
     second = load_judge(settings, "second_judge", accelerator.device) if settings.second_judge else None
-    for each in filter(None, (evaluator, second)):
-        to_score = [*prompts, *unseen] if each is evaluator else unseen
-        check_templates(each, [prompt.messages for prompt in to_score], [prompt.place for prompt in to_score])
+    for each, scored in ((evaluator, [*prompts, *unseen]), (second, unseen)):
+        if each:
+            check_templates(each, [prompt.messages for prompt in scored], [prompt.place for prompt in scored])
     reference = load_sft_model(sft).to(accelerator.device)
     room = getattr(reference.config, "max_position_embeddings", math.inf)
     if settings.max_prompt_length + settings.max_new_tokens > room:

@@ -225,6 +225,11 @@ def refused_settings(*kinds: type[Exception]) -> Iterator[None]:
         raise InputError(f"the trainer refuses these settings: {first_line(error)}") from error
 
 
+def named(places: Sequence[str]) -> str:
+    """Where pairs or prompts come from, for the end of a message; empty without any."""
+    return f" at {', '.join(places)}" if places else ""
+
+
 class PlaceCollator(DataCollatorForPreference):
     """TRL's collator; a batch also says where its pairs come from. Those of a stream have no column `row`."""
 
@@ -273,7 +278,7 @@ class PairTrainer(RewardTrainer):
             InputError: always.
         """
         split, update = "train" if self.model.training else "validation", self.state.global_step + self.model.training
-        batch = f" at {', '.join(f'{split} {place}' for place in places)}" if places else ""
+        batch = named([f"{split} {place}" for place in places])
         raise InputError(
             f"update {update}: the {figure} is not finite{batch}; "
             "the last checkpoint is kept; start over (--fresh) with a lower --learning_rate or without such pairs"
@@ -517,7 +522,7 @@ def run_settings(
 
 def changes(before: dict[str, Any], settings: dict[str, Any], ignored: set[str]) -> str:
     """Settings in which a run differs from an earlier one, as `name before -> now`; empty for the same ones."""
-    now = json.loads(json.dumps(settings, default=str))
+    now = json.loads(settings_text(settings))
     names = sorted((before.keys() | now.keys()) - ignored)
     return ", ".join(
         f"{name} {before.get(name)} -> {now.get(name)}" for name in names if before.get(name) != now.get(name)
@@ -783,8 +788,8 @@ def train(trainer: PairTrainer, settings: dict[str, Any], fresh: bool) -> Watch:
         decided_by_first(lambda: adopt_checkpoint(Path(checkpoint), settings, Path(trainer.args.output_dir)))
     else:
         checkpoint = checkpoint_to_resume(Path(trainer.args.output_dir), settings, IGNORED_ON_RESUME, fresh)
-    if checkpoint:
-        decided_by_first(lambda: check_files(checkpoint, CHECKPOINT_REMEDY))
+        if checkpoint:
+            decided_by_first(lambda: check_files(checkpoint, CHECKPOINT_REMEDY))
     if checkpoint and first:
         print(f"Resuming from {checkpoint} (--fresh starts over).")
     with stop_requests() as stop_requested:
