@@ -1,7 +1,9 @@
 """Shared fixtures: the real tokenizer and model, tiny random models with that tokenizer, and pairs to feed them."""
 
+import functools
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +19,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-import load_helpsteer_dataset
-import load_smollm_model
-import train_reward_model
+from reward_pipeline import models
 
 hypothesis.settings.register_profile("suite", max_examples=60, derandomize=True, deadline=None)
 hypothesis.settings.load_profile("suite")
@@ -28,12 +28,12 @@ hypothesis.settings.load_profile("suite")
 @pytest.fixture(scope="session")
 def smollm() -> str:
     """Directory of the real SmolLM2-135M-Instruct."""
-    return load_smollm_model.resolve_model().path
+    return models.resolve_model().path
 
 
 @pytest.fixture(scope="session")
 def tokenizer(smollm):
-    return load_smollm_model.load_tokenizer(smollm)
+    return models.load_tokenizer(smollm)
 
 
 @pytest.fixture(scope="session")
@@ -61,7 +61,7 @@ def tiny_model(tmp_path_factory, tokenizer) -> str:
 
 def save_reward_model(directory, base: str, tokenizer, head_std: float, max_length: int, seed: int = 42) -> str:
     """Save `base` with a random head, as the training script saves a model."""
-    model = load_smollm_model.load_reward_model(base, tokenizer.pad_token_id, seed)
+    model = models.load_reward_model(base, tokenizer.pad_token_id, seed)
     with torch.no_grad():
         model.score.weight.normal_(std=head_std)
     model.config.reward_max_length = max_length
@@ -154,10 +154,24 @@ def same_weights(one: Path, other: Path) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
-def run_main(module, monkeypatch, *arguments) -> None:
-    """Run a script's `main` in this process under the given command line."""
-    monkeypatch.setattr("sys.argv", [module.__file__, *map(str, arguments)])
-    load_smollm_model.run_script(module.main)
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def run_main(script: str, monkeypatch, *arguments) -> None:
+    """Run a script in this process under the given command line."""
+    monkeypatch.setattr("sys.argv", [f"{script}.py", *map(str, arguments)])
+    runpy.run_path(str(ROOT / f"{script}.py"), run_name="__main__")
+
+
+@functools.cache
+def names_of(script: str) -> dict:
+    """Constants and functions of a script, which nothing imports."""
+    return runpy.run_path(str(ROOT / f"{script}.py"), run_name=script)
+
+
+def parse(script: str, *arguments):
+    """The options that a script makes of a command line."""
+    return names_of(script)["parse_options"](list(map(str, arguments)))
 
 
 RANK = Path(__file__).with_name("rank.py")
@@ -180,7 +194,7 @@ def processed(tmp_path, monkeypatch, write_jsonl, tiny_model) -> str:
     output = tmp_path / "processed"
     source = write_jsonl(make_pairs(40), "easy.jsonl")
     run_main(
-        load_helpsteer_dataset, monkeypatch, "--source", source, "--model", tiny_model, "--output", output,
+        "load_helpsteer_dataset", monkeypatch, "--source", source, "--model", tiny_model, "--output", output,
         "--max_length", "64",
     )  # fmt: skip
     return str(output)
@@ -193,7 +207,7 @@ def train(monkeypatch, processed, tiny_model, tmp_path):
     def call(*arguments, output="reward"):
         directory = tmp_path / output
         run_main(
-            train_reward_model, monkeypatch, "--model", tiny_model, "--data", processed,
+            "train_reward_model", monkeypatch, "--model", tiny_model, "--data", processed,
             "--output_dir", directory, "--bf16", "false", "--disable_tqdm", "true", *arguments,
         )  # fmt: skip
         return directory

@@ -1,0 +1,49 @@
+"""Device, number format and allocator."""
+
+import contextlib
+import ctypes
+import sys
+
+import torch
+
+# Imported by `DistributedDataParallel` anyway, but late. It binds the process group that exists by then into default
+# arguments, so that the group could never be closed: see `processes.close_process_group`.
+import torch.distributed.nn
+
+
+def pick_device() -> torch.device:
+    """CUDA, then Apple MPS, then CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    if torch.backends.mps.is_available():
+        return torch.device("mps")
+    return torch.device("cpu")
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """Type for autocast that the hardware computes natively, or None where fp32 is the right choice.
+
+    bf16 on CUDA from Ampere on and on CPUs with AMX, AVX512-BF16 or Arm BF16; fp16 on older CUDA; fp32 on MPS and
+    other CPUs (emulated bf16 is slower than fp32 there).
+    """
+    if device.type == "cuda":
+        return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    if device.type == "cpu":
+        has = torch.cpu.get_capabilities().get
+        return torch.bfloat16 if has("amx_bf16") or has("avx512_bf16") or has("bf16") else None
+    return None
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None):
+    """Autocast context for `dtype`; with None everything stays as it is."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep freed blocks: returning them to the kernel costs a CPU training step a quarter in page faults."""
+    if sys.platform == "linux":
+        with contextlib.suppress(OSError, AttributeError):
+            libc = ctypes.CDLL("libc.so.6")
+            m_trim_threshold, m_mmap_max = -1, -4  # parameter numbers from glibc's malloc.h
+            libc.mallopt(m_mmap_max, 0)
+            libc.mallopt(m_trim_threshold, 2**31 - 1)

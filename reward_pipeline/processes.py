@@ -1,0 +1,113 @@
+"""One or many processes: run a script, who is first, decide once for all, stop in good order."""
+
+import contextlib
+import gc
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+from reward_pipeline.files import InputError, disk_failure
+
+Outcome = TypeVar("Outcome")
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """Run `main`; an `InputError` or a full disk becomes one line on stderr and exit code 1, Ctrl-C exit code 130."""
+    outcome = None
+    try:
+        main()
+    except InputError as error:
+        outcome = f"error: {error}"
+    except SystemExit as end:
+        outcome = end.code
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        reason = disk_failure(error)
+        if reason is None:
+            raise
+        outcome = (
+            f"error: the disk is full or can not be written ({reason}); what was finished before is kept; "
+            "make room and repeat the command"
+        )
+    close_process_group()
+    if outcome is not None:
+        sys.exit(outcome)
+
+
+def is_first_process() -> bool:
+    """Whether this is the only process, or the first of those that `accelerate launch` or `torchrun` started.
+
+    By the environment, so that it can be asked before the processes are connected.
+    """
+    from accelerate.utils.environment import get_int_from_env
+
+    return get_int_from_env(["RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK"], 0) == 0
+
+
+def together(act: Callable[[], Outcome], first_alone: bool = False) -> Outcome:
+    """What `act` returns; all processes have to call this.
+
+    Args:
+        first_alone: only the first process acts, and all get what it returns.
+
+    Raises:
+        InputError: `act` raised one in any process. All of them raise it, so that none waits for another.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list, gather_object
+
+    outcome, errors = None, []
+    if not first_alone or PartialState().is_main_process:
+        try:
+            outcome = act()
+        except InputError as error:
+            errors = [error]
+    if errors := gather_object(errors):
+        raise errors[0]
+    return broadcast_object_list([outcome])[0] if first_alone else outcome
+
+
+def close_process_group() -> None:
+    """End the communication with other processes, if there is any.
+
+    The threads of gloo may still hold tensors of the last exchange, and a thread that frees one while the interpreter
+    is being torn down aborts the process. Closing joins these threads, but only when nothing else holds the group: a
+    model in `DistributedDataParallel` does, for as long as the garbage collector has not found its trainer.
+    """
+    torch = sys.modules.get("torch")  # without it there is no group
+    if torch and torch.distributed.is_initialized():
+        gc.collect()
+        torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def stop_requests() -> Iterator[Callable[[], bool]]:
+    """Turn Ctrl-C, and the SIGTERM of Slurm and Kubernetes, into a request to stop after the update.
+
+    A second signal stops at once.
+
+    Yields:
+        A function that tells whether any process was asked to stop. All processes have to call it after the same
+        update, so that all of them stop there.
+    """
+    from accelerate.utils import gather_object
+
+    requests: list[int] = []
+
+    def note(number: int, frame: object) -> None:
+        if requests:
+            raise KeyboardInterrupt
+        requests.append(number)
+        print("\nStopping after this update; Ctrl-C again to stop at once.", file=sys.stderr)
+
+    def requested() -> bool:
+        return any(gather_object([bool(requests)]))
+
+    previous = {each: signal.signal(each, note) for each in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield requested
+    finally:
+        for each, handler in previous.items():
+            signal.signal(each, handler)

@@ -1,0 +1,180 @@
+"""Output directories, checkpoints, and going on where a run stopped."""
+
+import contextlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from reward_pipeline.files import InputError, check_files, first_line, replace_directory, sole_writer, write_text
+from reward_pipeline.processes import together
+
+CHECKPOINT_REMEDY = "delete this checkpoint, the one before it is used then, or start over by --fresh"
+LOCK = ".lock"  # in the output directory while a run writes there
+OUTPUT_FILES = {"metrics.json", "rewards.csv", "report.txt", "plots"}  # of an evaluation
+
+
+def changes(before: dict[str, Any], settings: dict[str, Any], ignored: set[str]) -> str:
+    """Settings in which a run differs from an earlier one, as `name before -> now`; empty for the same ones."""
+    now = json.loads(settings_text(settings))
+    names = sorted((before.keys() | now.keys()) - ignored)
+    return ", ".join(
+        f"{name} {before.get(name)} -> {now.get(name)}" for name in names if before.get(name) != now.get(name)
+    )
+
+
+def prepare_checkpoints(checkpoints: Path, settings: dict[str, Any], ignored: set[str], fresh: bool) -> None:
+    """Keep the checkpoints of a run with these settings; otherwise begin with an empty directory.
+
+    Args:
+        ignored: names of settings that may differ.
+
+    Raises:
+        InputError: the checkpoints there belong to an unfinished run with other settings.
+    """
+    before = None if fresh else read_settings(checkpoints)
+    if before and last_checkpoint(checkpoints):
+        changed = changes(before, settings, ignored)
+        if not changed:
+            return
+        if not (checkpoints / "finished").exists():
+            raise InputError(
+                f"{checkpoints}: holds an unfinished run with other settings ({changed}); "
+                "--fresh starts over, another --output_dir keeps both"
+            )
+    with replace_directory(checkpoints, marker="settings.json") as directory:
+        write_text(directory / "settings.json", settings_text(settings))
+
+
+def settings_text(settings: dict[str, Any]) -> str:
+    return json.dumps(settings, indent=2, default=str) + "\n"
+
+
+def checkpoint_to_resume(checkpoints: Path, settings: dict[str, Any], ignored: set[str], fresh: bool) -> str | None:
+    """The last checkpoint of a run with these settings, after `prepare_checkpoints`; the same in all processes."""
+
+    def choose() -> str | None:
+        prepare_checkpoints(checkpoints, settings, ignored, fresh)
+        return last_checkpoint(checkpoints)
+
+    return together(choose, first_alone=True)
+
+
+def last_checkpoint(checkpoints: Path) -> str | None:
+    """The complete checkpoint with the most updates, if any."""
+    complete = [path for path in checkpoints.glob("checkpoint-*") if is_complete(path)]
+    return str(max(complete, key=lambda path: int(path.name.split("-")[1]))) if complete else None
+
+
+def is_complete(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end; the trainer writes its state last."""
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def adopt_checkpoint(checkpoint: Path, settings: dict[str, Any], checkpoints: Path) -> None:
+    """Let a run with these settings, which saves into `checkpoints`, continue a checkpoint that the user named.
+
+    Raises:
+        InputError: not a complete checkpoint, of another model or other data, with another optimiser; or what is in
+            `checkpoints` belongs to another run, with which this one would be mixed up.
+    """
+    if not is_complete(checkpoint):
+        raise InputError(f"{checkpoint}: not a complete checkpoint; name a checkpoint-N directory")
+    check_files(checkpoint, CHECKPOINT_REMEDY)
+    before = read_settings(checkpoint.parent) or json.loads(settings_text(settings))
+    for name in ("base_model", "data_identity", *KEPT_BY_OPTIMIZER):
+        if before.get(name) != settings[name]:
+            raise InputError(f"{checkpoint}: its {name} is {before.get(name)}, that of this run {settings[name]}")
+    if checkpoint.parent.resolve() != checkpoints.resolve():
+        prepare_checkpoints(checkpoints, settings, IGNORED_ON_RESUME, fresh=False)
+        return
+    if changed := changes(before, settings, IGNORED_ON_RESUME):
+        last = last_checkpoint(checkpoints) or checkpoints
+        if Path(last).resolve() != checkpoint.resolve():
+            raise InputError(
+                f"{checkpoint}: {last} goes on from it with other settings ({changed}); give another --output_dir"
+            )
+        write_text(checkpoints / "settings.json", settings_text(settings))
+    (checkpoints / "finished").unlink(missing_ok=True)
+
+
+def read_settings(checkpoints: Path) -> dict[str, Any] | None:
+    """Settings of the run that wrote these checkpoints, if any.
+
+    Raises:
+        InputError: they can not be read.
+    """
+    path = checkpoints / "settings.json"
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path}: damaged ({first_line(error)}); --fresh starts over") from error
+
+
+def claim_output(output: Path, needed: Sequence[str], rewards: bool) -> None:
+    """Refuse a directory that holds something else than a model of this kind or its checkpoints, or a needed model.
+
+    Args:
+        needed: models that the run reads.
+        rewards: whether the run makes a reward model.
+
+    Raises:
+        InputError: it does.
+    """
+    for model in needed:
+        if output.exists() and Path(model).exists() and output.samefile(model):
+            raise InputError(f"{output}: this run reads the model there; choose another --output_dir")
+    ours = output.is_dir() and ((output / "checkpoints").is_dir() or {each.name for each in output.iterdir()} <= {LOCK})
+    if output.exists() and not ours:
+        raise InputError(f"{output}: holds other files, which a model would overwrite; choose another --output_dir")
+    try:
+        found = json.loads((output / "config.json").read_text(encoding="utf-8"))["architectures"][0]
+    except (OSError, ValueError, LookupError, TypeError):
+        return  # no model, or a damaged one
+    if str(found).endswith("ForSequenceClassification") != rewards:
+        raise InputError(f"{output}: holds a {found}, which would be overwritten; choose another --output_dir")
+
+
+@contextlib.contextmanager
+def held_output(output: Path) -> Iterator[None]:
+    """Keep other runs out of a directory of results until the block ends; the first process does it for all.
+
+    Raises:
+        InputError: in all processes, when another run is writing there or the directory can not be written.
+    """
+    with contextlib.ExitStack() as held:
+        together(lambda: held.enter_context(sole_writer(output, output / LOCK)), first_alone=True)
+        yield
+
+
+def publish(staging: Path, output: Path) -> None:
+    """Move finished files into place; `config.json` goes first and comes last, since nothing reads a model without."""
+    for stale in ("config.json", "demonstration.json"):
+        (output / stale).unlink(missing_ok=True)
+    for item in sorted(staging.iterdir(), key=lambda item: item.name == "config.json"):
+        if item.is_dir():
+            shutil.rmtree(output / item.name, ignore_errors=True)
+        item.replace(output / item.name)
+
+
+def evaluation_directory(output: str | Path | None):
+    """Context of `replace_directory` for the files of an evaluation; None stays None.
+
+    Opened before the scoring, so that a directory that can not be written is found before the work is done.
+
+    Raises:
+        InputError: the directory holds anything else, such as a model.
+    """
+    if not output:
+        return contextlib.nullcontext()
+    others = sorted({path.name for path in Path(output).glob("*")} - OUTPUT_FILES)
+    if others:
+        raise InputError(f"{output}: holds other files ({others[0]}) and would be replaced; choose another directory")
+    return replace_directory(output, marker="rewards.csv")

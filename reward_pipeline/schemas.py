@@ -1,0 +1,164 @@
+"""Rows of any published schema become pairs in ours."""
+
+import math
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from reward_pipeline.conversations import Messages, parse_prompt, response_text
+from reward_pipeline.sources import BadRow, Row
+
+ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")  # of a raw HelpSteer2 row
+RATING_COLUMNS = {"chosen": ("chosen_rating", "chosen_score"), "rejected": ("rejected_rating", "rejected_score")}
+CATEGORY_COLUMNS = ("category", "subset")  # names under which sources tell what kind of prompt a pair has
+
+
+def join_raw_rows(rows: Iterable[Row]) -> Iterator[Row]:
+    """Binarise raw HelpSteer2 rows; rows that are pairs already pass unchanged.
+
+    Two consecutive rows with one prompt become a pair, rated by the mean of the five attributes (0-4, steps of 0.2);
+    the better one is the chosen one.
+    """
+    waiting = None
+    for row in rows:
+        if row.problem is None and "response" in row.values and "chosen" not in row.values:
+            if waiting is None:
+                waiting = row
+            elif _same_prompt(waiting, row):
+                yield _raw_pair(waiting, row)
+                waiting = None
+            else:
+                yield waiting._replace(problem="no second response to the prompt")
+                waiting = row
+        else:
+            yield row
+    if waiting is not None:
+        yield waiting._replace(problem="no second response to the prompt")
+
+
+def _same_prompt(first: Row, second: Row) -> bool:
+    try:
+        return first.values.get("prompt") == second.values.get("prompt")
+    except RecursionError:  # lists in lists in lists
+        return False
+
+
+def _raw_pair(first: Row, second: Row) -> Row:
+    try:
+        rated = [
+            (sum(_number(row.values.get(name)) for name in ATTRIBUTES) / len(ATTRIBUTES), row)
+            for row in (first, second)
+        ]
+    except BadRow as error:
+        return first._replace(problem=str(error))
+    rated.sort(key=lambda item: item[0], reverse=True)
+    (chosen_rating, chosen), (rejected_rating, rejected) = rated
+    return Row(
+        first.location,
+        {
+            "prompt": first.values.get("prompt"),
+            "chosen": chosen.values["response"],
+            "rejected": rejected.values["response"],
+            "chosen_rating": chosen_rating,
+            "rejected_rating": rejected_rating,
+        },
+    )
+
+
+def check_pair(row: dict[str, Any]) -> dict[str, Any]:
+    """One row in any published schema becomes a pair in ours.
+
+    Returns:
+        `prompt` (messages), `chosen`, `rejected` (assistant text), `chosen_rating`, `rejected_rating` (float or None).
+
+    Raises:
+        BadRow: the row is unusable; the message says why.
+    """
+    for column in ("chosen", "rejected"):
+        if column not in row:
+            raise BadRow(f"missing column {column}")
+    if "prompt" not in row and not isinstance(row["chosen"], list):
+        raise BadRow("missing column prompt")
+    prompt = row["prompt"] if "prompt" in row else row["chosen"][:-1]
+    if prompt is None or row["chosen"] is None or row["rejected"] is None:
+        raise BadRow("null")
+    try:
+        messages = _unpacked(prompt)
+    except (TypeError, ValueError) as error:
+        raise BadRow("prompt is not a conversation that ends with a user turn") from error
+    if not messages[-1]["content"].strip():
+        raise BadRow("empty prompt")
+    chosen, rejected = (_checked_response(messages, row[side]) for side in ("chosen", "rejected"))
+    if chosen.strip() == rejected.strip():
+        raise BadRow("chosen equals rejected")
+    chosen_rating, rejected_rating = (_rating(row, side) for side in ("chosen", "rejected"))
+    if chosen_rating is None or rejected_rating is None:
+        chosen_rating = rejected_rating = None
+    elif chosen_rating == rejected_rating:
+        raise BadRow("tied ratings")
+    elif chosen_rating < rejected_rating:
+        raise BadRow("rating says the rejected is better")
+    return {
+        "prompt": messages,
+        "chosen": chosen,
+        "rejected": rejected,
+        "chosen_rating": chosen_rating,
+        "rejected_rating": rejected_rating,
+    }
+
+
+def checked_pairs(rows: Iterable[Row]) -> Iterator[tuple[Row, dict[str, Any] | None, str | None]]:
+    """Rows of any schema, each with the pair that it holds, or with the reason why it holds none."""
+    for row in join_raw_rows(rows):
+        try:
+            yield row, None if row.problem else check_pair(row.values), row.problem
+        except BadRow as error:
+            yield row, None, str(error)
+        except RecursionError:
+            yield row, None, "nested too deeply"
+
+
+def _checked_response(messages: Messages, completion: Any) -> str:
+    try:
+        text = response_text(completion)
+        context = completion[:-1] if isinstance(completion, list) else []
+        agrees = not context or _contents(_unpacked(context)) == _contents(messages)
+    except (TypeError, ValueError) as error:
+        raise BadRow("response is not a text or message list") from error
+    if not text.strip():
+        raise BadRow("empty response")
+    if not agrees:
+        raise BadRow("response repeats another prompt")
+    return text
+
+
+def _unpacked(prompt: str | list[dict[str, str]]) -> Messages:
+    """Turns of a prompt; HelpSteer2_binarized packs whole dialogues, markers included, into one user message."""
+    messages = parse_prompt(prompt)
+    return parse_prompt(messages[0]["content"]) if len(messages) == 1 else messages
+
+
+def _contents(messages: Messages) -> list[tuple[str, str]]:
+    return [(message["role"], message["content"].strip()) for message in messages]
+
+
+def _rating(row: dict[str, Any], side: str) -> float | None:
+    values = [row[name] for name in RATING_COLUMNS[side] if row.get(name) not in (None, "")]
+    return _number(values[0]) if values else None
+
+
+def _number(value: Any) -> float:
+    try:
+        number = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise BadRow("rating is not a number")
+    return number
+
+
+def category_of(row: dict[str, Any]) -> str:
+    """What the row's category column says; empty without one."""
+    values = [row[column] for column in CATEGORY_COLUMNS if row.get(column) not in (None, "")]
+    if not values or isinstance(values[0], list | dict) or values[0] != values[0]:  # NaN: an empty cell
+        return ""
+    return str(values[0]).encode("utf-8", "replace").decode("utf-8")

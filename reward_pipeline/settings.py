@@ -1,0 +1,174 @@
+"""Flags over constants, checked before torch is loaded; the same names are keys of `--config file.yaml`.
+
+    parser = Parser(__doc__)
+    parser.flag("steps", STEPS, whole(1), "updates")
+    options = parser.parse_args()
+
+Only the standard library and PyYAML are imported here: a wrong flag is answered in a fraction of a second.
+"""
+
+import argparse
+import difflib
+import json
+import math
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import yaml
+
+Kind = Callable[[str], Any]  # text of a flag to its value; raises ArgumentTypeError with what it must be
+
+
+def whole(least: int, most: float = math.inf) -> Kind:
+    """A whole number from `least` to `most`."""
+
+    def parse(text: str) -> int:
+        try:
+            number = int(text)
+        except ValueError:
+            number = None
+        if number is None or not least <= number <= most:
+            bounds = f"at least {least}" if most == math.inf else f"{least} to {most:.0f}"
+            raise argparse.ArgumentTypeError(f"must be a whole number, {bounds}, not {text}")
+        return number
+
+    return parse
+
+
+def real(least: float = -math.inf, most: float = math.inf, above: float = -math.inf, below: float = math.inf) -> Kind:
+    """A finite number within these bounds; `above` and `below` exclude the bound itself."""
+
+    def parse(text: str) -> float:
+        try:
+            number = float(text)
+        except ValueError:
+            number = math.nan
+        if not (math.isfinite(number) and least <= number <= most and above < number < below):
+            named = {"at least": least, "at most": most, "above": above, "below": below}
+            bounds = " and ".join(f"{words} {bound:g}" for words, bound in named.items() if math.isfinite(bound))
+            raise argparse.ArgumentTypeError(f"must be a finite number{bounds and f', {bounds}'}, not {text}")
+        return number
+
+    return parse
+
+
+def boolean(text: str) -> bool:
+    """`true` or `false`, in the forms that TRL takes."""
+    if text.lower() in {"true", "yes", "t", "y", "1"}:
+        return True
+    if text.lower() in {"false", "no", "f", "n", "0"}:
+        return False
+    raise argparse.ArgumentTypeError(f"must be true or false, not {text}")
+
+
+def or_none(kind: Kind) -> Kind:
+    """What `kind` takes, or the word `none`."""
+    return lambda text: None if text.lower() in {"none", "null"} else kind(text)
+
+
+def readable_text(text: str) -> str:
+    """Text that can be printed: bytes of a command line that are not UTF-8 become `?`."""
+    return text.encode("utf-8", "replace").decode("utf-8")
+
+
+seed = whole(0, 2**32 - 1)  # what NumPy, torch and `transformers` all take
+
+
+def apple_silicon() -> bool:
+    """Whether this is an Apple machine with a GPU of its own, where PyTorch computes on MPS; asked before torch is."""
+    return sys.platform == "darwin" and platform.machine() == "arm64"
+
+
+class Parser(argparse.ArgumentParser):
+    """Argument parser whose errors are one line and exit code 1, and which takes `--config file.yaml`.
+
+    Args:
+        docstring: of the script; shown by `--help`.
+    """
+
+    def __init__(self, docstring: str):
+        super().__init__(
+            description=docstring,
+            usage="%(prog)s [flags]",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        self.add_argument("--config", metavar="FILE", help="YAML file with any of these flags as keys")
+
+    def error(self, message: str) -> NoReturn:
+        """Print what is wrong with the flags, in one line, and exit with code 1."""
+        message = " ".join(message.removeprefix("argument ").split())
+        self.exit(1, f"error: {message}\n")
+
+    def flag(
+        self,
+        name: str,
+        default: Any,
+        kind: Kind,
+        help: str,
+        group: argparse._ArgumentGroup | None = None,
+        **options: Any,
+    ) -> None:
+        """Add `--name`, whose default is a constant of the script; the constant is checked as the flag is.
+
+        Args:
+            kind: how a text becomes the value; see `whole`, `real`, `boolean`.
+            group: where `--help` shows it.
+            options: further ones of `add_argument`, such as `choices` and `nargs`.
+        """
+        constant = name.upper()
+        try:
+            for value in default if isinstance(default, list | tuple) else [default]:
+                if value not in (None, argparse.SUPPRESS) and kind(str(value)) not in options.get("choices", [value]):
+                    raise argparse.ArgumentTypeError(f"must be one of {', '.join(map(str, options['choices']))}")
+        except argparse.ArgumentTypeError as error:
+            self.error(f"constant {constant} = {default!r}: {error}")
+        if kind is boolean:
+            options |= {"nargs": "?", "const": True}
+        shown = "" if default in (None, False, argparse.SUPPRESS) else f" (default: {default})".replace("%", "%%")
+        options.setdefault(
+            "metavar", "{" + ",".join(map(str, options["choices"])) + "}" if "choices" in options else "X"
+        )
+        (group or self).add_argument(f"--{name}", default=default, type=kind, help=help + shown, **options)
+
+    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+        """The values of all flags; those of the command line come before those of `--config`.
+
+        `--learning-rate` means `--learning_rate`, as in TRL.
+        """
+        given = [self._underscored(each) for each in (sys.argv[1:] if args is None else args)]
+        finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        finder.add_argument("--config")
+        finder.error = self.error  # type: ignore[method-assign]
+        path = finder.parse_known_args(given)[0].config
+        options, unknown = self.parse_known_args([*(self._of_file(path) if path else []), *given], namespace)
+        if unknown:
+            close = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)
+            self.error(f"{unknown[0]}: unknown flag; {f'did you mean {close[0]}?' if close else '--help lists all'}")
+        return options
+
+    def _underscored(self, argument: str) -> str:
+        name, equals, value = argument.partition("=")
+        changed = "--" + name[2:].replace("-", "_")
+        known = name.startswith("--") and name not in self._option_string_actions
+        return changed + equals + value if known and changed in self._option_string_actions else argument
+
+    def _of_file(self, path: str) -> list[str]:
+        """The settings of a YAML file as flags."""
+        try:
+            settings = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (OSError, ValueError, yaml.YAMLError) as error:
+            self.error(f"--config {path}: can not be read ({error})")
+        if not isinstance(settings, dict):
+            self.error(f"--config {path}: must hold `name: value` lines, with the names of flags")
+        flags: list[str] = []
+        for name, value in settings.items():
+            flag = self._underscored(f"--{name}")
+            if flag not in self._option_string_actions or name in ("config", "help"):
+                self.error(f"--config {path}: {name} is no flag; --help lists all")
+            values = value if isinstance(value, list) else [value]
+            flags += [flag, *(json.dumps(each) if isinstance(each, dict) else str(each) for each in values)]
+        return flags

@@ -1,0 +1,258 @@
+"""Files and repositories become rows."""
+
+import codecs
+import csv
+import gzip
+import itertools
+import json
+import re
+import zlib
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import ijson
+import pyarrow.parquet
+from datasets import Dataset, get_dataset_split_names, load_dataset
+from huggingface_hub import HfApi
+
+from reward_pipeline.files import InputError, first_line
+from reward_pipeline.hub import hub_reachable
+
+HUB_DATASET = "esfrankel17/HelpSteer2_binarized"  # hub id of the default source
+HUB_SPLIT = "average_rating_split"  # split of it; its siblings by --split
+SAMPLE_FILE = Path(__file__).parent / "sample_data" / "helpsteer_sample.jsonl"
+FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet")
+BATCH_SIZE = 1000  # rows per step, for reading and tokenising
+MAX_DEPTH = 100  # lists and objects in each other
+NOT_UTF8 = re.compile("[\udc80-\udcff]")  # as what bytes are decoded that are no UTF-8
+BROKEN_FILE = (OSError, EOFError, zlib.error, ijson.JSONError, pyarrow.ArrowException, UnicodeDecodeError, csv.Error)
+
+
+class BadRow(ValueError):
+    """A row that can not be used; the message is the reason under which it is counted."""
+
+
+class Row(NamedTuple):
+    """One row of a source and where it stands; `problem` is set where it could not even be read."""
+
+    location: str
+    values: dict[str, Any]
+    problem: str | None = None
+
+
+class Source(NamedTuple):
+    """A source, opened: its rows, in words where they come from, and the revision of a hub dataset."""
+
+    name: str
+    origin: str
+    rows: Iterable[Row]
+    revision: str | None = None
+
+
+def open_sources(names: list[str] | None, split: str | None) -> list[Source]:
+    """Open the named sources; with none named, the hub's dataset or, out of its reach, the sample."""
+    if names:
+        check_split(names, split)
+        return [open_source(name, split) for name in names]
+    if hub_reachable():
+        return [open_source("hub", split)]
+    print(f"The hub can not be reached: using the sample pairs in {SAMPLE_FILE.parent.name}/ instead of {HUB_DATASET}.")
+    return [open_source("sample", None)]
+
+
+def check_split(names: list[str], split: str | None) -> None:
+    """Make sure that a split is named only where one of the sources may have it.
+
+    Raises:
+        InputError: all are files.
+    """
+    if split and all(name == "sample" or Path(name).is_file() for name in names):
+        raise InputError(f"{', '.join(names)}: files have no splits; leave --split {split} out")
+
+
+def open_source(name: str, split: str | None = None, streaming: bool = False) -> Source:
+    """Find one source by name; with `streaming`, a dataset of the hub is read while it is downloaded, not stored.
+
+    Raises:
+        InputError: no such file, directory or hub dataset; unknown file type or split; hub out of reach.
+    """
+    path = SAMPLE_FILE if name == "sample" else Path(name)
+    if path.is_file():
+        origin = "sample pairs of this project" if name == "sample" else f"local file {name}"
+        return Source(name, origin, read_file(path))
+    if path.is_dir() and not (path / "README.md").is_file():
+        files = sorted(file for file in path.rglob("*") if file_type(file) in FILE_TYPES)
+        if split:
+            files = [file for file in files if file.name.startswith(split)]
+        if not files:
+            raise InputError(f"{name}: no data files here; known types are {', '.join(FILE_TYPES)} (also .gz)")
+        return Source(name, f"local directory {name}", (row for file in files for row in read_file(file)))
+    if path.is_dir():
+        return open_repository(name, f"local directory {name}", split, streaming)
+    name = HUB_DATASET if name == "hub" else name
+    if name.count("/") != 1 or file_type(path) in FILE_TYPES:
+        raise InputError(f"{name}: no such file or directory")
+    if not hub_reachable():
+        raise InputError(
+            f"{name}: no such directory, and the hub can not be reached; try again online, or --source sample"
+        )
+    return open_repository(name, f"hub {name}", split, streaming)
+
+
+def open_repository(name: str, origin: str, split: str | None, streaming: bool) -> Source:
+    """Read a dataset repository with `datasets`: a hub id, or a local directory laid out like one."""
+    try:
+        revision = None if Path(name).is_dir() else HfApi().dataset_info(name).sha
+        splits = get_dataset_split_names(name, revision=revision)
+        split = pick_split(name, splits, split)
+        dataset = load_dataset(name, split=split, revision=revision, streaming=streaming)
+    except InputError:
+        raise
+    except Exception as error:  # `datasets` raises many types for what is missing, gated or broken
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"{name}: can not be read as a dataset ({reason})") from error
+    origin = f"{origin}, {split}" + (f", revision {revision}" if revision else "")
+    return Source(name, origin, raw_rows(dataset, f"{name}, {split}"), revision)
+
+
+def raw_rows(dataset: Dataset, name: str) -> Iterator[Row]:
+    """Rows as stored: nothing is decoded, since a picture or a sound may name any file to be opened.
+
+    Raises:
+        InputError: they can not be read to their end, such as a stream whose connection broke.
+    """
+    number = 0
+    try:
+        for table in dataset.with_format("arrow").iter(BATCH_SIZE):
+            for values in table.to_pylist():
+                number += 1
+                yield Row(f"{name} row {number}", values)
+    except Exception as error:  # as many types as `open_repository` meets
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"{name}: can not be read to its end (after row {number}: {reason})") from error
+
+
+def pick_split(name: str, splits: list[str], wanted: str | None) -> str:
+    """The wanted split, else the default one of HelpSteer2_binarized, else `train`, else the only one."""
+    candidates = [wanted] if wanted else [HUB_SPLIT, "train", *(splits if len(splits) == 1 else [])]
+    for candidate in candidates:
+        if candidate in splits:
+            return candidate
+    raise InputError(f"{name}: choose one of its splits by --split: {', '.join(splits)}")
+
+
+def file_type(path: Path) -> str:
+    """Suffix without compression: `.jsonl` for `pairs.jsonl.gz`."""
+    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+
+
+def read_file(path: Path) -> Iterator[Row]:
+    """Rows of one data file, read as a stream.
+
+    Raises:
+        InputError: unknown type, or broken beyond single rows (damaged compression, Parquet or JSON array).
+    """
+    reader = {".jsonl": read_json, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet}.get(file_type(path))
+    if reader is None:
+        raise InputError(f"{path}: unknown file type; known are {', '.join(FILE_TYPES)} (also .gz)")
+    number = 0
+    try:
+        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
+            for number, values, problem in reader(file):
+                if problem is None and not isinstance(values, dict):
+                    values, problem = {}, "not an object with named columns"
+                yield Row(f"{path} row {number}", values, problem)
+    except BROKEN_FILE as error:
+        raise InputError(
+            f"{path}: can not be read to its end (after row {number}: {first_line(error)}); mend or restore the file"
+        ) from error
+
+
+def read_json(file) -> Iterator[tuple[int, Any, str | None]]:
+    """JSON lines, or one array of objects."""
+    start = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
+    file.seek(start)
+    first = file.read(1)
+    while first.isspace():
+        first = file.read(1)
+    file.seek(start)
+    if first == b"[":
+        yield from read_json_array(file)
+        return
+    for number, line in enumerate(file, start=1):
+        if not line.strip():
+            continue
+        try:
+            yield number, json.loads(line.decode("utf-8")), None
+        except UnicodeDecodeError:
+            yield number, {}, "not valid UTF-8"
+        except (ValueError, RecursionError):
+            yield number, {}, "not valid JSON"
+
+
+def read_json_array(file) -> Iterator[tuple[int, Any, str | None]]:
+    """Items of one array. (Those of `ijson.items` would need memory quadratic in the depth of nesting.)"""
+    number, depth = 0, 0
+    for event, value in ijson.basic_parse(file, use_float=True):
+        opens, closes = event.startswith("start_"), event.startswith("end_")
+        if depth == 0 or (depth == 1 and closes):  # of the array itself
+            depth += opens - closes
+            continue
+        if depth == 1:
+            item, deepest = ijson.ObjectBuilder(), 1
+        depth += opens
+        deepest = max(deepest, depth)
+        if depth <= MAX_DEPTH:
+            item.event(event, value)
+        depth -= closes
+        if depth == 1:
+            number += 1
+            yield (number, item.value, None) if deepest <= MAX_DEPTH else (number, {}, "nested too deeply")
+
+
+def read_csv(file) -> Iterator[tuple[int, Any, str | None]]:
+    csv.field_size_limit(2**31 - 1)
+    lines = (line.decode("utf-8-sig", "surrogateescape") for line in file)
+    reader = csv.reader(lines)
+    header = next((cells for cells in reader if cells), [])
+    first = reader.line_num
+    if any(map(NOT_UTF8.search, header)):
+        raise InputError(f"{file.name} row {first}: not valid UTF-8; convert the file")
+    if len(header) == 1:
+        raise InputError(f"{file.name} row {first}: has one column, {header[0]!r}; cells must be separated by commas")
+    if twice := [column for column, count in Counter(header).items() if column and count > 1]:
+        raise InputError(f"{file.name} row {first}: has two columns {twice[0]!r}; rename one of them")
+    # Not `DictReader`, which passes over blank lines without counting them, and `strict`: a quote that is never closed
+    # would make one cell of the rest of the file.
+    for number, cells in enumerate(csv.reader(lines, strict=True), start=first + 1):
+        if not cells:
+            continue
+        if any(cells[len(header) :]):
+            yield number, {}, "more cells than columns; text with commas needs quotes"
+            continue
+        try:
+            yield number, dict(itertools.zip_longest(header, map(parse_cell, cells[: len(header)]))), None
+        except BadRow as error:
+            yield number, {}, str(error)
+
+
+def parse_cell(value: Any) -> Any:
+    """CSV has no lists: a cell that looks like a JSON message list is read as one."""
+    if isinstance(value, str) and NOT_UTF8.search(value):
+        raise BadRow("not valid UTF-8")
+    if not (isinstance(value, str) and value.startswith("[{") and value.endswith("}]") and "role" in value):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise BadRow("message list is not valid JSON") from error
+
+
+def read_parquet(file) -> Iterator[tuple[int, Any, str | None]]:
+    number = 0
+    for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=BATCH_SIZE):
+        for row in batch.to_pylist():
+            number += 1
+            yield number, row, None

@@ -1,0 +1,113 @@
+"""Intervals and tests for paired scores."""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import scipy.stats
+
+RESAMPLES = 5000  # of a bootstrap interval or a permutation test
+Z_95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
+TIE = 1e-6  # rewards of one and the same input can differ by rounding, depending on its place in the batch
+CHUNK_DRAWS = 2**22  # random numbers in memory at once
+
+
+def wins(scores: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """(N,) 1 where the score is higher than the other one, 0.5 where both are equal up to `TIE`, else 0."""
+    margin = np.asarray(scores, float) - np.asarray(others, float)
+    return np.where(np.abs(margin) <= TIE, 0.5, (margin > 0).astype(float))
+
+
+def wilson_interval(successes: float, n: int, z: float = Z_95) -> tuple[float, float]:
+    """Wilson score interval of a proportion (Wilson 1927); `successes` may count ties as half."""
+    if n == 0:
+        return 0.0, 1.0
+    share = successes / n
+    centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
+    half = z / (1 + z**2 / n) * math.sqrt(share * (1 - share) / n + z**2 / (4 * n**2))
+    return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def rate_interval(values: np.ndarray, groups: Sequence | None = None) -> list[float] | None:
+    """95 % interval of a share: `bootstrap_interval`, and Wilson's where all groups are alike, such as 12 wins of 12.
+
+    Resamples of groups that do not differ do not either. Wilson's then takes each group as one observation.
+
+    Args:
+        values: (N,) between 0 and 1.
+        groups: as for `bootstrap_interval`.
+    """
+    bounds = bootstrap_interval(values, groups)
+    if bounds is None or bounds[1] - bounds[0] > 1e-9:
+        return bounds
+    count = len(group_sums(values, groups)[0])
+    return list(wilson_interval(float(np.mean(values)) * count, count))
+
+
+def bootstrap_interval(values: np.ndarray, groups: Sequence | None = None) -> list[float] | None:
+    """95 % bootstrap interval of the mean by expanded percentiles, drawing whole groups where they are given.
+
+    Pairs that share a prompt are not independent; drawn one by one they would make the interval too narrow
+    (cluster bootstrap: Field and Welsh 2007). With few groups the plain percentiles are too narrow as well; these are
+    moved outwards as Student's t is wider than the normal distribution (Hesterberg 2015, arXiv 1411.5279).
+
+    Args:
+        values: (N,) floats; for a paired comparison their differences.
+        groups: (N,) labels, such as prompts; by default every value is its own group.
+
+    Returns:
+        Lower and upper bound; None for fewer than two groups, which tell nothing about their spread.
+    """
+    sums, sizes = group_sums(values, groups)
+    if len(sums) < 2:
+        return None
+    tail = scipy.stats.norm.cdf(-math.sqrt(len(sums) / (len(sums) - 1)) * scipy.stats.t.ppf(0.975, len(sums) - 1))
+    generator = np.random.default_rng(0)
+    means = []
+    chunk = max(1, CHUNK_DRAWS // len(sums))
+    for start in range(0, RESAMPLES, chunk):
+        size = min(chunk, RESAMPLES - start)
+        counts = generator.multinomial(len(sums), np.full(len(sums), 1 / len(sums)), size=size)  # (size, groups)
+        means.append(counts @ sums / (counts @ sizes))
+    return [float(bound) for bound in np.quantile(np.concatenate(means), [tail, 1 - tail])]
+
+
+def paired_p_value(differences: np.ndarray, groups: Sequence | None = None) -> float:
+    """Two-sided p-value of the mean difference by a sign-flip permutation test; a group's values flip together."""
+    sums, _ = group_sums(differences, groups)
+    if len(sums) < 2:
+        return 1.0  # one group alone can not be significant
+    result = scipy.stats.permutation_test(
+        (sums, np.zeros_like(sums)),
+        lambda a, b, axis: (a - b).mean(axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=RESAMPLES,
+        batch=max(1, CHUNK_DRAWS // len(sums)),
+        rng=0,
+    )
+    return float(result.pvalue)
+
+
+def group_sums(values: np.ndarray, groups: Sequence | None) -> tuple[np.ndarray, np.ndarray]:
+    """Sum and number of the values in each group."""
+    values = np.asarray(values, float)
+    if groups is None:
+        return values, np.ones(len(values))
+    number = {label: index for index, label in enumerate(dict.fromkeys(groups))}
+    group = np.array([number[label] for label in groups], dtype=int)
+    return np.bincount(group, weights=values), np.bincount(group).astype(float)
+
+
+def spearman(values: np.ndarray, others: np.ndarray) -> float | None:
+    """Rank correlation; None where one side is constant."""
+    if np.ptp(values) == 0 or np.ptp(others) == 0:
+        return None
+    return float(scipy.stats.spearmanr(values, others).statistic)
+
+
+def wilcoxon_p(differences: np.ndarray) -> float:
+    """Two-sided p-value of Wilcoxon's signed-rank test; zeros count half for each side."""
+    if not differences.any():
+        return 1.0
+    return float(scipy.stats.wilcoxon(differences, zero_method="zsplit").pvalue)
