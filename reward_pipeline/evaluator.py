@@ -297,7 +297,7 @@ def check_templates(evaluator: RewardModelEvaluator, prompts: Sequence[Prompt], 
         InputError: names the first place whose prompt is refused.
     """
     for start, member in itertools.product(range(0, len(prompts), CHUNK), evaluator.members):
-        if refused := first_refused(member.tokenizer, prompts[start : start + CHUNK], member.max_length):
+        if refused := first_refused(member.tokenizer, prompts[start : start + CHUNK]):
             index, reason = refused
             raise InputError(f"{places[start + index]}: {member.model.name_or_path} can not read it: {reason}")
 

@@ -6,9 +6,9 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from filelock import FileLock, Timeout
 
@@ -17,14 +17,14 @@ DISK_FAILURES = (
     *(". unexpected pos ", "PytorchStreamWriter failed"),  # all that torch.save says
 )
 CHECKSUMS = "checksums.json"  # beside the files that it is about
-HASHED = {".safetensors", ".arrow", ".pt", ".pth", ".bin"}  # suffixes of these files
+HASHED = {".safetensors", ".arrow", ".pt", ".pth", ".bin"}  # suffixes of these files: a flipped bit reads as a number
 
 
 class InputError(ValueError):
     """Something the user can mend; the message names what is wrong and the remedy, in one line."""
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """What an error says, in one line."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
@@ -42,7 +42,7 @@ def disk_failure(error: BaseException | None) -> str | None:
 
 
 @contextlib.contextmanager
-def sole_writer(target: Path, lock_file: Path):
+def sole_writer(target: Path, lock_file: Path) -> Iterator[None]:
     """Keep other processes from writing `target` until the block ends; a process that dies keeps nobody out.
 
     Args:
@@ -51,7 +51,7 @@ def sole_writer(target: Path, lock_file: Path):
     Raises:
         InputError: another process is writing, or the place can not be written.
     """
-    lock = FileLock(lock_file, blocking=False)
+    lock = FileLock(lock_file, blocking=False)  # the system gives it back when a process dies, however it dies
     try:
         lock_file.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -69,7 +69,7 @@ def sole_writer(target: Path, lock_file: Path):
 
 
 @contextlib.contextmanager
-def replace_directory(target: str | Path, marker: str):
+def replace_directory(target: str | Path, marker: str) -> Iterator[Path]:
     """Yield a temporary sibling to fill; it takes the place of `target` only when the block ends without an error.
 
     Args:
@@ -87,7 +87,7 @@ def replace_directory(target: str | Path, marker: str):
                 old.rename(target)  # a process was killed between the two renames below
             if target.exists() and not (target / marker).exists() and (not target.is_dir() or any(target.iterdir())):
                 raise InputError(f"{target}: holds other files and would be replaced; choose another directory")
-            for leftover in (temporary, old):
+            for leftover in (temporary, old):  # of a process that was killed while it wrote, or after both renames
                 shutil.rmtree(leftover, ignore_errors=True)
             temporary.mkdir()
         except OSError as error:
@@ -97,7 +97,7 @@ def replace_directory(target: str | Path, marker: str):
             if target.exists():
                 target.rename(old)
             try:
-                temporary.rename(target)
+                temporary.rename(target)  # no system call exchanges two directories on every platform: so twice
             except OSError:
                 old.rename(target)
                 raise
@@ -107,7 +107,7 @@ def replace_directory(target: str | Path, marker: str):
 
 
 @contextlib.contextmanager
-def replace_file(path: str | Path):
+def replace_file(path: str | Path) -> Iterator[TextIO]:
     """Yield a temporary text file to fill; it takes the place of `path` only when the block ends without an error.
 
     Missing directories are made.
@@ -121,7 +121,7 @@ def replace_file(path: str | Path):
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with temporary.open("w", encoding="utf-8", errors="replace") as file:
+        with temporary.open("w", encoding="utf-8", errors="replace") as file:  # lone surrogates of answers become ?
             yield file
         temporary.replace(path)
     except OSError as error:
@@ -162,13 +162,13 @@ def check_files(directory: str | Path, remedy: str) -> None:
         InputError: one is missing or differs; ends with the `remedy`.
     """
     directory = Path(directory)
-    try:
+    try:  # the file may come from anywhere, so it may hold anything
         hashes = dict(json.loads((directory / CHECKSUMS).read_text(encoding="utf-8")))
     except FileNotFoundError:
         return
     except (OSError, ValueError, TypeError) as error:
         raise InputError(f"{directory / CHECKSUMS}: can not be read ({first_line(error)}); {remedy}") from error
-    present = binary_files(directory)
+    present = binary_files(directory)  # names are only looked up among these: none leads out of the directory
     for name, expected in hashes.items():
         if name not in present:
             raise InputError(f"{directory / name}: missing; {remedy}")
@@ -176,12 +176,13 @@ def check_files(directory: str | Path, remedy: str) -> None:
             raise InputError(f"{directory / name}: damaged, or changed after it was written; {remedy}")
 
 
-def named(places: Sequence[str]) -> str:
+def at_places(places: Sequence[str]) -> str:
     """Where pairs or prompts come from, for the end of a message; empty without any."""
     return f" at {', '.join(places)}" if places else ""
 
 
 def json_lines(rows: Sequence[dict[str, Any]]) -> str:
+    """Rows as JSON, one a line."""
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 

@@ -1,4 +1,4 @@
-"""Whether the Hugging Face hub answers."""
+"""Whether the Hugging Face hub answers: asked once, with a time limit of our own."""
 
 import contextlib
 import functools
@@ -16,13 +16,13 @@ def hub_reachable() -> bool:
         return False
     answered = threading.Event()
 
-    def ask():
+    def ask() -> None:
         with contextlib.suppress(Exception):  # any failure to connect means the same: out of reach
             response = huggingface_hub.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=HUB_TIMEOUT)
-            if response.status_code < 500:
+            if response.status_code < 500:  # a refusal (401, 403) is an answer too
                 answered.set()
 
-    # In a thread, since a name lookup has no time limit of its own.
+    # In a thread, since a name lookup has no time limit of its own; a daemon, since the script must be able to end.
     thread = threading.Thread(target=ask, daemon=True)
     thread.start()
     thread.join(HUB_TIMEOUT)

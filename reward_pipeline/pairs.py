@@ -6,25 +6,30 @@ import json
 import random
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from datasets import Dataset
 
-from reward_pipeline.conversations import MIN_MAX_LENGTH, first_refused
+from reward_pipeline.conversations import first_refused, response_text
 from reward_pipeline.files import InputError
-from reward_pipeline.schemas import _contents, checked_pairs
+from reward_pipeline.schemas import checked_pairs, stripped_turns
 from reward_pipeline.sources import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 EXAMPLES = 3  # places kept of each reason to drop a pair
 
 
-def readable_pairs(rows: Iterable[Row], tokenizer) -> Iterator[tuple[Row, dict[str, Any] | None, str | None]]:
+def readable_pairs(
+    rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase"
+) -> Iterator[tuple[Row, dict[str, Any] | None, str | None]]:
     """As `checked_pairs`, without pairs whose turns the chat template refuses; some know no system turns."""
 
     @functools.cache  # what a template refuses is an order of roles, and there are few
     def refusal(roles: tuple[str, ...]) -> str | None:
-        refused = first_refused(tokenizer, [[{"role": role, "content": role} for role in roles]], MIN_MAX_LENGTH)
+        refused = first_refused(tokenizer, [[{"role": role, "content": role} for role in roles]])
         return refused[1] if refused else None
 
     for row, pair, reason in checked_pairs(rows):
@@ -33,27 +38,36 @@ def readable_pairs(rows: Iterable[Row], tokenizer) -> Iterator[tuple[Row, dict[s
 
 
 def pair_keys(pair: dict[str, Any]) -> dict[str, Any]:
-    """Hashes that find equal prompts, and equal or swapped pairs, without holding any text in memory."""
-    prompt = json.dumps(_contents(pair["prompt"]))
-    first, second = sorted((pair["chosen"].strip(), pair["rejected"].strip()))
+    """Hashes that find equal prompts, and equal or swapped pairs, without holding any text in memory.
+
+    Args:
+        pair: `prompt` (messages), `chosen` and `rejected` (text or messages); outer white space makes no difference.
+    """
+    prompt = json.dumps(stripped_turns(pair["prompt"]))
+    chosen, rejected = (response_text(pair[side]).strip() for side in ("chosen", "rejected"))
+    first, second = sorted((chosen, rejected))  # so that a pair and its contradiction have one key
     return {
-        "prompt_key": _hash(prompt),
-        "pair_key": _hash(json.dumps([prompt, first, second])),
-        "swapped": first != pair["chosen"].strip(),
+        "prompt_key": text_hash(prompt),
+        "pair_key": text_hash(json.dumps([prompt, first, second])),
+        "swapped": first != chosen,
     }
 
 
-def _hash(text: str) -> int:
+def text_hash(text: str) -> int:
+    """Hash of 64 bits with a sign, as Arrow and NumPy store it; the same in every process, unlike Python's own."""
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big", signed=True)
 
 
 class Tally:
     """Rows read, pairs in them, and pairs dropped with the reasons and the first places where each occurred."""
 
-    def __init__(self):
-        self.rows, self.pairs, self.dropped, self.examples = 0, 0, Counter(), {}
+    def __init__(self) -> None:
+        self.rows, self.pairs = 0, 0
+        self.dropped: Counter[str] = Counter()
+        self.examples: dict[str, list[str]] = {}
 
     def count(self, rows: Iterable[Row]) -> Iterator[Row]:
+        """The same rows, counted as they pass."""
         for row in rows:
             self.rows += 1
             yield row
@@ -68,6 +82,16 @@ class Tally:
             self.dropped[reason] += len(indices)
             self.examples[reason] = list(pairs.select(indices[:EXAMPLES])["place"])
 
+    def summary(self) -> dict[str, Any]:
+        """All counts, for `metadata.json`."""
+        return {
+            "read": self.rows,
+            "pairs": self.pairs,
+            "dropped_total": self.dropped.total(),
+            "dropped": dict(self.dropped),
+            "first_dropped": self.examples,
+        }
+
 
 def unique_pairs(pair_key: np.ndarray, swapped: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Which pairs to keep: the first of equal ones, none of those that contradict each other.
@@ -81,7 +105,7 @@ def unique_pairs(pair_key: np.ndarray, swapped: np.ndarray) -> tuple[np.ndarray,
     """
     _, first, group = np.unique(pair_key, return_index=True, return_inverse=True)
     size = np.bincount(group)
-    contradicts = (np.bincount(group, weights=swapped) % size) != 0
+    contradicts = (np.bincount(group, weights=swapped) % size) != 0  # neither none of a group swapped, nor all of it
     kept = np.sort(first[~contradicts])
     return kept, np.setdiff1d(np.flatnonzero(~contradicts[group]), kept), np.flatnonzero(contradicts[group])
 
@@ -103,15 +127,15 @@ def split_by_prompt(prompt_key: np.ndarray, share: float, seed: int) -> tuple[np
     _, prompt, sizes = np.unique(prompt_key, return_inverse=True, return_counts=True)
     if len(sizes) < 2:
         raise InputError("all pairs share one prompt; at least two are needed for a training and a validation split")
-    wanted = len(prompt_key) - int(len(prompt_key) * (1 - share))
+    wanted = len(prompt_key) - int(len(prompt_key) * (1 - share))  # training rounds down: 8,678 give 6,942 and 1,736
     order, taken = list(range(len(sizes))), 0
-    random.Random(seed).shuffle(order)
-    in_validation = np.zeros(len(sizes), dtype=bool)
+    random.Random(seed).shuffle(order)  # of Python, whose order for a seed does not change with its version
+    in_validation: np.ndarray = np.zeros(len(sizes), dtype=bool)
     for index in order:
-        if taken + sizes[index] <= wanted:
+        if taken + sizes[index] <= wanted:  # a prompt that is too large is passed over, later ones fill the rest
             in_validation[index] = True
             taken += sizes[index]
-    if not in_validation.any():
+    if not in_validation.any():  # every prompt has more pairs than wanted
         in_validation[min(order, key=lambda index: sizes[index])] = True
     validation = in_validation[prompt]
     return np.flatnonzero(~validation), np.flatnonzero(validation)
@@ -126,7 +150,7 @@ def draw(count: int, limit: int | None, seed: int) -> np.ndarray:
 
 def is_validation_prompt(prompt_key: int, share: float, seed: int) -> bool:
     """Side of a prompt by its hash alone, for streams, of which no process ever sees all: `share` of all."""
-    return _hash(f"{seed} {prompt_key}") % 2**32 < share * 2**32
+    return text_hash(f"{seed} {prompt_key}") % 2**32 < share * 2**32
 
 
 def half_of(pairs: Dataset, half: int | None, seed: int) -> Dataset:

@@ -1,31 +1,37 @@
 """Figures become pictures."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from datasets import DatasetDict
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from reward_pipeline.pair_metrics import Columns
-from reward_pipeline.policy_metrics import Answers
-from reward_pipeline.processed import LENGTH_COLUMNS, whole_columns
-from reward_pipeline.statistics import wilson_interval
+from reward_pipeline.statistics import TIE
+
+if TYPE_CHECKING:  # a room further down, which draws by this one
+    from reward_pipeline.rollouts import Answers
 
 PLOTTED_CATEGORIES = 20  # at most, the largest ones
+MARGIN_BINS = 20  # on each side of 0
+LENGTH_BINS = 60
+# The line that every accuracy is seen against.
+CHANCE: dict[str, Any] = {"y": 0.5, "color": "gray", "linestyle": ":", "linewidth": 1, "label": "chance"}
 
 
 def plot_evaluation(columns: Columns, metrics: dict[str, Any], directory: Path) -> list[str]:
     """Draw the figures of `pair_metrics`; returns the names of the files written."""
     figures = {
-        "rewards.png": plot_rewards(columns),
+        "margins.png": plot_margins(columns, metrics),
         "reliability.png": plot_reliability(metrics["reliability"], metrics["ece"]),
         "reward_against_length.png": plot_against_length(columns),
-        "accuracy_by_length.png": plot_groups(metrics["by_length"], "characters of the longer answer"),
+        "accuracy_by_length.png": plot_groups(metrics["by_length"], "length of the longer answer (characters)"),
     }
     if metrics["by_rating_gap"]:
-        figures["accuracy_by_rating_gap.png"] = plot_groups(metrics["by_rating_gap"], "rating gap")
+        figures["accuracy_by_rating_gap.png"] = plot_groups(metrics["by_rating_gap"], "rating gap (points)")
     if metrics["by_category"]:
         largest = sorted(metrics["by_category"], key=lambda each: each["n"], reverse=True)[:PLOTTED_CATEGORIES]
         figures["accuracy_by_category.png"] = plot_groups(largest, "category")
@@ -34,47 +40,64 @@ def plot_evaluation(columns: Columns, metrics: dict[str, Any], directory: Path) 
     return list(figures)
 
 
-def plot_rewards(columns: Columns) -> Figure:
-    """Distributions of the chosen and rejected rewards."""
-    figure = Figure(figsize=(6, 4), layout="constrained")
+def plot_margins(columns: Columns, metrics: dict[str, Any]) -> Figure:
+    """Distribution of the margins; the share on the right of 0, with half of the ties, is the accuracy."""
+    margins = columns["chosen_reward"] - columns["rejected_reward"]
+    right = margins > TIE
+    widest = max(float(np.abs(margins).max()), TIE)
+    # 0 is an edge, so that no bar stands on both sides of it.
+    edges = np.linspace(-widest, widest, 2 * MARGIN_BINS + 1).tolist()
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
     axes = figure.subplots()
-    sides = [columns["chosen_reward"], columns["rejected_reward"]]
-    edges = np.histogram_bin_edges(np.concatenate(sides), bins=40)
-    axes.hist(sides[0], edges, alpha=0.5, label="chosen")
-    axes.hist(sides[1], edges, alpha=0.5, label="rejected")
-    axes.set(xlabel="reward", ylabel="answers", title="Rewards")
+    sides = {"right": right, "wrong, or a tie": ~right}
+    labels = [f"{name}: {inside.sum():,} pairs" for name, inside in sides.items()]
+    axes.hist([margins[inside] for inside in sides.values()], edges, stacked=True, label=labels)
+    axes.axvline(0, color="black", linewidth=1)
+    axes.set(
+        xlabel="margin: reward of the chosen minus that of the rejected answer",
+        ylabel="pairs",
+        title=f"Margins, accuracy {metrics['accuracy']:.3f}",
+    )
     axes.legend()
     return figure
 
 
-def plot_reliability(bins: Sequence[dict[str, float]], ece: float) -> Figure:
-    """Accuracy against confidence with Wilson intervals; on the diagonal the model knows how sure it may be."""
+def plot_reliability(bins: Sequence[dict[str, Any]], ece: float) -> Figure:
+    """Accuracy against confidence with intervals; on the diagonal the model knows how sure it may be."""
     figure = Figure(figsize=(5, 4.5), layout="constrained")
     axes = figure.subplots()
     axes.plot([0.5, 1], [0.5, 1], color="gray", linestyle="--", linewidth=1, label="calibrated")
+    axes.axhline(**CHANCE)
     draw_accuracies(axes, [each["confidence"] for each in bins], bins, fmt="o-")
-    axes.set(xlabel="confidence, sigmoid(|margin|)", ylabel="accuracy", title=f"Calibration, ECE {ece:.3f}")
+    axes.set(
+        xlabel="confidence, sigmoid(|margin|)",
+        ylabel="accuracy (share of pairs)",
+        title=f"Calibration, ECE {ece:.3f}",
+    )
     axes.legend()
     return figure
 
 
 def plot_groups(groups: Sequence[dict[str, Any]], label: str) -> Figure:
-    """Accuracy of each group with Wilson intervals, beside the longer-wins baseline."""
+    """Accuracy of each group with intervals, beside chance and the group's longer-wins baseline."""
     figure = Figure(figsize=(max(5, 1.3 * len(groups)), 4), layout="constrained")
     axes = figure.subplots()
-    places = range(len(groups))
+    places = np.arange(len(groups))
     draw_accuracies(axes, places, groups, fmt="o")
-    axes.plot(places, [each["longer_wins"] for each in groups], "_", markersize=18, color="gray", label="longer wins")
-    axes.axhline(0.5, color="gray", linestyle=":", linewidth=1)
+    baselines = [each["longer_wins"] for each in groups]
+    axes.hlines(baselines, places - 0.4, places + 0.4, color="tab:orange", linewidth=1.5, label="longer wins")
+    axes.axhline(**CHANCE)
+    # Names come from the data, and `$x$` in one of them is no formula.
     axes.set_xticks(places, [f"{each['group']}\nn = {each['n']:,}" for each in groups], parse_math=False)
-    axes.set(xlabel=label, ylabel="accuracy", ylim=(0, 1.02))
-    axes.legend()
+    axes.set(xlabel=label, ylabel="accuracy (share of pairs)", ylim=(0, 1.02))
+    axes.legend(loc="lower right")
     return figure
 
 
-def draw_accuracies(axes, places: Sequence[float], groups: Sequence[dict[str, Any]], fmt: str) -> None:
+def draw_accuracies(axes: Axes, places: Any, groups: Sequence[dict[str, Any]], fmt: str) -> None:
+    """Accuracy of each group with its interval over prompts; no bar where there is none."""
     accuracies = np.array([each["accuracy"] for each in groups])
-    bounds = np.array([wilson_interval(each["accuracy"] * each["n"], each["n"]) for each in groups]).T
+    bounds = np.array([each["accuracy_interval"] or [math.nan, math.nan] for each in groups]).T
     axes.errorbar(places, accuracies, np.abs(bounds - accuracies), fmt=fmt, capsize=3, label="reward model")
 
 
@@ -84,7 +107,7 @@ def plot_against_length(columns: Columns) -> Figure:
     answers, differences = figure.subplots(1, 2)
     for side in ("chosen", "rejected"):
         answers.plot(columns[f"{side}_length"], columns[f"{side}_reward"], ".", markersize=3, alpha=0.5, label=side)
-    answers.set(xlabel="characters", ylabel="reward", xscale="symlog", title="Reward and length")
+    answers.set(xlabel="length (characters)", ylabel="reward", xscale="symlog", title="Reward and length")
     answers.legend(markerscale=4)
     extra = columns["chosen_length"] - columns["rejected_length"]
     differences.plot(extra, columns["chosen_reward"] - columns["rejected_reward"], ".", markersize=3, alpha=0.5)
@@ -99,42 +122,56 @@ def plot_against_length(columns: Columns) -> Figure:
     return figure
 
 
-def plot_lengths(splits: DatasetDict, max_length: int, path: Path) -> None:
-    """Histogram of prompt and response lengths before the cut."""
+def plot_lengths(lengths: Mapping[str, np.ndarray], max_length: int, path: Path) -> None:
+    """Histogram of the lengths of whole conversations against the limit.
+
+    Args:
+        lengths: (N,) tokens of prompt, answer and template together, before the cut, for "chosen" and "rejected".
+        max_length: the limit in tokens.
+    """
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.subplots()
-    tables = [whole_columns(split, LENGTH_COLUMNS) for split in splits.values()]
-    values = {
-        name.removesuffix("_length"): np.concatenate([table[name] for table in tables]) for name in LENGTH_COLUMNS
-    }
-    last = max(np.percentile(lengths, 99) for lengths in values.values())
-    for label, lengths in values.items():
-        axes.hist(lengths, bins=np.linspace(0, max(last, max_length) * 1.02, 60), histtype="step", label=label)
+    every = np.concatenate(list(lengths.values()))
+    last = max(float(np.percentile(every, 99)), max_length) * 1.02  # a few very long ones would hide all the others
+    for label, each in lengths.items():
+        axes.hist(each, bins=np.linspace(0, last, LENGTH_BINS).tolist(), histtype="step", label=label)
     axes.axvline(max_length, color="black", linestyle="--", linewidth=1, label=f"max_length {max_length}")
     axes.set(
-        xlabel="tokens before the cut (up to the 99th percentile)",
-        ylabel="pairs",
-        title="Lengths of prompts and responses",
+        xlabel="tokens of the whole conversation before the cut (up to the 99th percentile)",
+        ylabel="conversations",
+        title=f"Lengths: {(every > max_length).mean():.1%} are over the limit",
     )
     axes.legend()
     figure.savefig(path, dpi=120)
 
 
-def plot_curves(history: list[dict[str, float]], path: Path) -> None:
-    """Loss, validation accuracy, learning rate and gradient norm against updates."""
+def plot_curves(history: Sequence[Mapping[str, float]], longer_wins: float, path: Path) -> None:
+    """Loss, accuracy, learning rate and gradient norm against updates.
+
+    Args:
+        history: log entries of the training; each has `step` and some of the figures.
+        longer_wins: accuracy of preferring the longer answer, on the validation pairs.
+    """
     panels = {
-        "loss": {"loss": "train", "eval_loss": "validation"},
-        "accuracy": {"accuracy": "train", "eval_pair_accuracy": "validation"},
+        "loss (nats)": {"loss": "train", "eval_loss": "validation"},
+        "accuracy (share of pairs)": {"accuracy": "train", "eval_accuracy": "validation"},
         "learning rate": {"learning_rate": "learning rate"},
         "gradient norm": {"grad_norm": "before clipping"},
     }
     figure = Figure(figsize=(10, 6), layout="constrained")
-    for axis, (title, series) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
-        for key, label in series.items():
+    panes = dict(zip(panels, figure.subplots(2, 2).flat, strict=True))
+    for label, series in panels.items():
+        for key, name in series.items():
             points = [(entry["step"], entry[key]) for entry in history if key in entry]
-            axis.plot(*zip(*points, strict=True) if points else ((), ()), marker=".", label=label)
-        axis.set(title=title, xlabel="updates")
-        axis.legend()
+            panes[label].plot(*zip(*points, strict=True) if points else ((), ()), marker=".", label=name)
+        panes[label].set(xlabel="updates", ylabel=label)
+    # The Bradley-Terry loss of equal rewards: above it the model knows less than nothing.
+    panes["loss (nats)"].axhline(math.log(2), color="gray", linestyle=":", linewidth=1, label="ln 2, equal rewards")
+    accuracy = panes["accuracy (share of pairs)"]
+    accuracy.axhline(longer_wins, color="tab:green", linestyle="--", linewidth=1, label="longer wins")
+    accuracy.axhline(**CHANCE)
+    for axes in panes.values():
+        axes.legend()
     figure.savefig(path, dpi=120)
 
 
@@ -155,7 +192,7 @@ def plot_steps(log: Sequence[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def plot_before_and_after(before: Answers, after: Answers, judged: dict[str, Any], path: Path) -> None:
+def plot_before_and_after(before: "Answers", after: "Answers", judged: dict[str, Any], path: Path) -> None:
     """Distributions of reward and length on the evaluation prompts."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     rewards, lengths = figure.subplots(1, 2)

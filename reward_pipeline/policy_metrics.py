@@ -1,15 +1,67 @@
 """Answers before and after become figures."""
 
+import json
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 
-from reward_pipeline.evaluator import Prompt, RewardModelEvaluator
-from reward_pipeline.files import rounded
+from reward_pipeline.cards import policy_card, samples_table
+from reward_pipeline.conversations import PROMPT_SHARE, encode, encode_prompt
+from reward_pipeline.evaluator import RewardModelEvaluator, check_templates
+from reward_pipeline.files import InputError, json_lines, rounded, write_checksums, write_text
+from reward_pipeline.models import trained_with_halved_prompts
+from reward_pipeline.plots import plot_before_and_after, plot_steps
+from reward_pipeline.rollouts import Answers, PolicyPrompt
 from reward_pipeline.statistics import bootstrap_interval, rate_interval, wilcoxon_p, wins
 
 SIGNIFICANT_DIGITS = 3  # of p-values, which four decimals would round to 0
+# of the comparison by one judge, what goes into `evaluation.json`
+JUDGED = (
+    *("reward_before", "reward_after", "reward_gain", "reward_gain_interval", "wilcoxon_p"),
+    *("win_rate", "win_rate_interval"),
+)
+
+
+def load_judge(
+    flag: str,
+    path: str,
+    prompts: Sequence[PolicyPrompt],
+    max_prompt_length: int,
+    max_new_tokens: int,
+    device: torch.device,
+) -> RewardModelEvaluator:
+    """A reward model with rewards in standard deviations, which reads whole prompts and completions.
+
+    Args:
+        flag: that named it, for messages.
+        prompts: whose completions it will score.
+        max_prompt_length, max_new_tokens: the most tokens of a prompt and of a completion.
+
+    Raises:
+        InputError: it can not be loaded, would have to cut, or its chat template refuses one of the prompts.
+    """
+    judge = RewardModelEvaluator(path, device=str(device), mixed_precision=True, normalize=True)
+    closing = len(encode(judge.tokenizer, "?", "", judge.max_length)) - len(encode_prompt(judge.tokenizer, "?"))
+    whole, reads = max_prompt_length + max_new_tokens + closing, judge.max_length
+    halved = trained_with_halved_prompts(judge.model.config)
+    of_prompt = int(reads * PROMPT_SHARE) if halved else reads
+    if whole > reads or max_prompt_length > of_prompt:
+        raise InputError(
+            f"--{flag} {path}: reads {reads} tokens{f', {of_prompt} of them of the prompt' if halved else ''}, but "
+            f"prompts of {max_prompt_length} and completions of {max_new_tokens} with what closes them have {whole}; "
+            "lower --max_prompt_length and --max_new_tokens, or train it on data with a larger --max_length"
+        )
+    check_templates(judge, [prompt.messages for prompt in prompts], [prompt.place for prompt in prompts])
+    return judge
+
+
+def judge_identity(judge: RewardModelEvaluator) -> dict[str, float]:
+    """What tells a judge from another one that was trained into the same directory."""
+    member = judge.members[0]
+    return {"reward_mean": member.mean, "reward_std": member.std, "reward_max_length": member.max_length}
 
 
 def distinct(texts: Sequence[str], n: int = 3) -> float:
@@ -24,34 +76,33 @@ def repetition(texts: Sequence[str], n: int = 3) -> float:
     return float(np.mean(shares)) if shares else 0.0
 
 
-def cut_to_equal_words(texts: Sequence[str], others: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Each text and its partner with as many words as the shorter of both has: more n-grams repeat more."""
-    pairs = [(text.split(), other.split()) for text, other in zip(texts, others, strict=True)]
-    sizes = [min(map(len, pair)) for pair in pairs]
-    first, second = zip(*pairs, strict=True)
-    return tuple([" ".join(words[:size]) for words, size in zip(side, sizes, strict=True)] for side in (first, second))
-
-
 def n_grams(text: str, n: int) -> list[tuple[str, ...]]:
+    """All runs of n words, in order."""
     words = text.split()
     return [tuple(words[start : start + n]) for start in range(len(words) - n + 1)]
 
 
-class Answers(NamedTuple):
-    """What one policy answered to N evaluation prompts."""
+def cut_to_equal_words(texts: Sequence[str], others: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Each text and its partner with as many words as the shorter of both has: more n-grams repeat more."""
+    cut: tuple[list[str], list[str]] = [], []
+    for pair in zip(texts, others, strict=True):
+        words = [text.split() for text in pair]
+        size = min(map(len, words))
+        for side, each in zip(cut, words, strict=True):
+            side.append(" ".join(each[:size]))
+    return cut
 
-    texts: list[str]
-    lengths: np.ndarray  # (N,) tokens, end token included
-    ended: np.ndarray  # (N,) bool
-    kl: np.ndarray  # (N,) nats to the reference
 
-
-def judge(
-    evaluator: RewardModelEvaluator, prompts: Sequence[Prompt], before: Answers, after: Answers
+def compare_answers(
+    judge: RewardModelEvaluator, prompts: Sequence[PolicyPrompt], before: Answers, after: Answers
 ) -> dict[str, Any]:
-    """Rewards of both sides by one judge and the paired comparison of them; see `evaluation`."""
+    """Rewards of both sides by one judge and the paired comparison of them.
+
+    Returns:
+        `rewards_before`, `rewards_after`, (N,) each, and the figures that `evaluation` describes.
+    """
     messages = [prompt.messages for prompt in prompts]
-    scores = evaluator.get_reward_scores([*messages, *messages], [*before.texts, *after.texts], progress=True)
+    scores = judge.get_reward_scores([*messages, *messages], [*before.texts, *after.texts], progress=True)
     old, new = np.array(scores).reshape(2, len(prompts))
     won = wins(new, old)
     return {
@@ -67,8 +118,10 @@ def judge(
     }
 
 
-def evaluation(before: Answers, after: Answers, first: dict[str, Any], second: dict[str, Any] | None) -> dict[str, Any]:
-    """Content of `evaluation.json`.
+def evaluation(
+    before: Answers, after: Answers, judged: dict[str, Any], judged_second: dict[str, Any] | None
+) -> dict[str, Any]:
+    """Content of `evaluation.json`, from the answers and from `compare_answers` by one or two judges.
 
     Returns:
         By the training judge: `n`, `reward_before`, `reward_after`, `reward_gain` and its paired bootstrap 95 %
@@ -77,8 +130,6 @@ def evaluation(before: Answers, after: Answers, first: dict[str, Any], second: d
         `distinct3` before and after, of each pair of answers cut to equal length, and `distinct3_ratio`;
         `repetition` and `ended` before and after; mean `kl` of the policy's answers to the reference in nats.
     """
-    kept = ("reward_before", "reward_after", "reward_gain", "reward_gain_interval", "wilcoxon_p", "win_rate")
-    kept = (*kept, "win_rate_interval")
     texts: dict[str, float] = {}
     equal = cut_to_equal_words(before.texts, after.texts)
     for when, each, cut in (("before", before, equal[0]), ("after", after, equal[1])):
@@ -90,8 +141,8 @@ def evaluation(before: Answers, after: Answers, first: dict[str, Any], second: d
         }
     return {
         "n": len(before.texts),
-        **{name: first[name] for name in kept},
-        **{f"second_judge_{name}": second[name] if second else None for name in kept},
+        **{name: judged[name] for name in JUDGED},
+        **{f"second_judge_{name}": judged_second[name] if judged_second else None for name in JUDGED},
         **texts,
         "length_ratio": texts["length_after"] / texts["length_before"],
         "distinct3_ratio": texts["distinct3_after"] / texts["distinct3_before"],
@@ -99,19 +150,60 @@ def evaluation(before: Answers, after: Answers, first: dict[str, Any], second: d
     }
 
 
-def readable(results: dict[str, Any]) -> dict[str, Any]:
+def rounded_evaluation(results: dict[str, Any]) -> dict[str, Any]:
     """The results with four decimals, p-values with three significant digits."""
     p_values = {name: value for name, value in results.items() if name.endswith("wilcoxon_p") and value is not None}
     return rounded(results) | {name: float(f"{value:.{SIGNIFICANT_DIGITS}g}") for name, value in p_values.items()}
 
 
-def samples(prompts: Sequence[Prompt], before: Answers, after: Answers, first: dict, second: dict | None) -> list[dict]:
+def sample_rows(
+    prompts: Sequence[PolicyPrompt],
+    before: Answers,
+    after: Answers,
+    judged: dict[str, Any],
+    judged_second: dict[str, Any] | None,
+) -> list[dict[str, Any]]:
     """A row for each evaluation prompt, with both answers and their rewards."""
     rows = []
     for number, prompt in enumerate(prompts):
-        row = {"prompt": prompt.messages, "before": before.texts[number], "after": after.texts[number]}
-        for name, result in (("reward", first), ("second_judge", second)):
+        row: dict[str, Any] = {
+            "prompt": prompt.messages,
+            "before": before.texts[number],
+            "after": after.texts[number],
+        }
+        for name, result in (("reward", judged), ("second_judge", judged_second)):
             if result:
                 row |= {f"{name}_{when}": float(result[f"rewards_{when}"][number]) for when in ("before", "after")}
         rows.append(row)
     return rows
+
+
+def write_results(
+    directory: Path,
+    before: Answers,
+    after: Answers,
+    judged: dict[str, Any],
+    results: dict[str, Any],
+    samples: Sequence[dict[str, Any]],
+    settings: dict[str, Any],
+    log: Sequence[dict[str, Any]],
+) -> None:
+    """Complete a saved policy with its figures, samples, settings, log, plots and card.
+
+    Args:
+        judged: by the training judge, of `compare_answers`.
+        results: of `evaluation`.
+        samples: of `sample_rows`.
+        settings: resolved settings of the run.
+        log: an entry an update.
+    """
+    (directory / "plots").mkdir()
+    plot_steps(log, directory / "plots" / "training.png")
+    plot_before_and_after(before, after, judged, directory / "plots" / "before_and_after.png")
+    for name, content in {"evaluation": rounded_evaluation(results), "settings": settings}.items():
+        write_text(directory / f"{name}.json", json.dumps(content, indent=2) + "\n")
+    for name, lines in {"samples": samples, "metrics": log}.items():
+        write_text(directory / f"{name}.jsonl", json_lines(lines))
+    write_text(directory / "samples.md", samples_table(samples))
+    write_text(directory / "README.md", policy_card(results, settings, log))
+    write_checksums(directory)

@@ -1,4 +1,8 @@
-"""Pairs become `processed_helpsteer/`, and are read back; streams beside it."""
+"""Pairs become `processed_helpsteer/`, and are read back; streams beside it.
+
+Pairs may be more than memory holds: they go through Arrow files in batches, and only their hashes and lengths are ever
+in memory together.
+"""
 
 import hashlib
 import itertools
@@ -12,14 +16,15 @@ import pyarrow.parquet
 from datasets import Dataset, DatasetDict, Features, IterableDataset, List, Value, load_from_disk
 from datasets.arrow_writer import ArrowWriter
 from tqdm.auto import tqdm
+from transformers import PreTrainedTokenizerBase
 
-from reward_pipeline.conversations import encode_batch, first_refused
+from reward_pipeline.conversations import encode_batch, first_refused, response_text
 from reward_pipeline.files import InputError, check_files
 from reward_pipeline.form import longer_wins
 from reward_pipeline.models import ModelSource, load_tokenizer
-from reward_pipeline.pairs import Tally, _hash, is_validation_prompt, pair_keys, readable_pairs
+from reward_pipeline.pairs import Tally, is_validation_prompt, pair_keys, readable_pairs, text_hash
 from reward_pipeline.processes import together
-from reward_pipeline.schemas import category_of, checked_pairs
+from reward_pipeline.schemas import checked_pairs
 from reward_pipeline.sources import (
     BATCH_SIZE,
     FILE_TYPES,
@@ -32,30 +37,42 @@ from reward_pipeline.sources import (
 )
 
 STREAM_BUFFER = 1000  # pairs of a stream among which the next one is drawn
-PAIR_FEATURES = Features(
+MESSAGES = List({"role": Value("string"), "content": Value("string")})
+PAIR_FEATURES = Features(  # what `check_pair` returns, and where the pair stands
     {
-        "prompt": List({"role": Value("string"), "content": Value("string")}),
-        "chosen": Value("string"),
-        "rejected": Value("string"),
+        "prompt": MESSAGES,
+        "chosen": MESSAGES,
+        "rejected": MESSAGES,
         "chosen_rating": Value("float64"),
         "rejected_rating": Value("float64"),
+        "category": Value("string"),
         "place": Value("string"),
-        "prompt_key": Value("int64"),
-        "pair_key": Value("int64"),
-        "swapped": Value("bool"),
     }
 )
-KEY_COLUMNS = ["prompt_key", "pair_key", "swapped"]
+KEY_FEATURES = Features({"prompt_key": Value("int64"), "pair_key": Value("int64"), "swapped": Value("bool")})
+IDENTITY = ("digest", "split_digests", "validation_share", "seed", "max_length", "tokenizer")  # keys of the metadata
 STREAM_FEATURES = Features(
     {"chosen_ids": List(Value("int64")), "rejected_ids": List(Value("int64")), "place": Value("string")}
 )
-LENGTH_COLUMNS = ["prompt_length", "chosen_length", "rejected_length"]
-COUNT_COLUMNS = [*LENGTH_COLUMNS, "prompt_cut", "response_cut", "over_max_length", "identical"]
+COUNT_COLUMNS = [  # of `token_columns`, for the statistics alone: not written to the disk
+    *("prompt_length", "chosen_length", "rejected_length", "chosen_whole_length", "rejected_whole_length"),
+    *("prompt_cut", "response_cut", "identical"),
+]
 
 
-def write_pairs(sources: list[Source], path: Path, tally: Tally, tokenizer) -> Dataset:
-    """Stream all usable rows into one Arrow file."""
-    writer = ArrowWriter(path=str(path), features=PAIR_FEATURES, writer_batch_size=BATCH_SIZE)
+def write_pairs(sources: list[Source], path: Path, tally: Tally, tokenizer: PreTrainedTokenizerBase) -> Dataset:
+    """Stream all usable rows into one Arrow file; `tally` counts them and the others.
+
+    Returns:
+        The file as a dataset: `PAIR_FEATURES` and, for what concerns all pairs at once, `KEY_FEATURES`.
+
+    Raises:
+        InputError: no row is usable, or a source can not be read to its end.
+    """
+    features = Features({**PAIR_FEATURES, **KEY_FEATURES})
+    # Not `Dataset.from_generator`, which leaves all pairs in the user's cache; here they go with the scratch directory,
+    # and so do the files that `Dataset.map` puts beside this one.
+    writer = ArrowWriter(path=str(path), features=features, writer_batch_size=BATCH_SIZE)
     for source in sources:
         pairs = readable_pairs(tally.count(source.rows), tokenizer)
         for row, pair, reason in tqdm(pairs, desc=f"Reading {source.name}", unit=" pairs"):
@@ -84,8 +101,22 @@ def whole_columns(pairs: Dataset, names: list[str]) -> dict[str, np.ndarray]:
     return {name: np.concatenate([batch[name] for batch in batches]) for name in names}
 
 
-def token_columns(batch: dict[str, list], tokenizer, max_length: int) -> dict[str, list]:
-    """`chosen_ids`, `rejected_ids`, `length` and the counts that the statistics need, for a batch of pairs.
+def joined_columns(splits: DatasetDict, names: list[str]) -> dict[str, np.ndarray]:
+    """As `whole_columns`, over all splits."""
+    tables = [whole_columns(split, names) for split in splits.values()]
+    return {name: np.concatenate([table[name] for table in tables]) for name in names}
+
+
+def whole_lengths(splits: DatasetDict) -> dict[str, np.ndarray]:
+    """(N,) tokens of whole conversations before the cut, of all pairs: `chosen` and `rejected`."""
+    columns = joined_columns(splits, ["chosen_whole_length", "rejected_whole_length"])
+    return {name.removesuffix("_whole_length"): lengths for name, lengths in columns.items()}
+
+
+def token_columns(batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int) -> dict[str, list]:
+    """`chosen_ids`, `rejected_ids`, `length` (of the longer side, in tokens) and `COUNT_COLUMNS`, for a batch of pairs.
+
+    The ids have these names because TRL's `RewardTrainer` looks for them, and then tokenises nothing itself.
 
     Raises:
         InputError: the tokenizer's chat template can not show one of these conversations.
@@ -94,12 +125,16 @@ def token_columns(batch: dict[str, list], tokenizer, max_length: int) -> dict[st
         chosen = encode_batch(tokenizer, batch["prompt"], batch["chosen"], max_length)
         rejected = encode_batch(tokenizer, batch["prompt"], batch["rejected"], max_length)
     except ValueError as error:
-        index, reason = first_refused(tokenizer, batch["prompt"], max_length)
-        message = (
-            f"{batch['place'][index]}: {tokenizer.name_or_path}: {reason}; leave the row out or use another --model"
-        )
-        raise InputError(message) from error
+        refused = first_refused(tokenizer, batch["prompt"])
+        if refused is None:
+            raise  # not the template's doing
+        index, reason = refused
+        place = batch["place"][index]
+        raise InputError(
+            f"{place}: {tokenizer.name_or_path}: {reason}; leave the row out or use another --model"
+        ) from error
     pairs = list(zip(chosen, rejected, strict=True))
+    # A prompt may be cut on one side only, where the other answer is short enough for the whole to fit.
     return {
         "chosen_ids": [one.ids for one in chosen],
         "rejected_ids": [one.ids for one in rejected],
@@ -107,35 +142,50 @@ def token_columns(batch: dict[str, list], tokenizer, max_length: int) -> dict[st
         "prompt_length": [one.prompt_length for one in chosen],
         "chosen_length": [one.response_length for one in chosen],
         "rejected_length": [one.response_length for one in rejected],
-        "prompt_cut": [one.prompt_cut for one in chosen],
+        "chosen_whole_length": [one.whole_length for one in chosen],
+        "rejected_whole_length": [one.whole_length for one in rejected],
+        "prompt_cut": [one.prompt_cut or other.prompt_cut for one, other in pairs],
         "response_cut": [one.response_cut or other.response_cut for one, other in pairs],
-        "over_max_length": [max(one.whole_length, other.whole_length) > max_length for one, other in pairs],
         "identical": [one.ids == other.ids for one, other in pairs],
     }
 
 
-def tokenize_pairs(dataset: Dataset, tokenizer, max_length: int, name: str) -> Dataset:
-    """Add the columns of `token_columns`."""
+def tokenize_pairs(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, name: str) -> Dataset:
+    """The columns of `token_columns` in place of the keys."""
     return dataset.map(
         token_columns,
         batched=True,
         batch_size=BATCH_SIZE,
         fn_kwargs={"tokenizer": tokenizer, "max_length": max_length},
-        remove_columns=KEY_COLUMNS,
+        remove_columns=list(KEY_FEATURES),
         desc=f"Tokenising {name}",
     )
 
 
-def stream_pairs(source: str, split: str | None, tokenizer, seed: int, validation: bool) -> Iterator[dict[str, Any]]:
+def stream_pairs(
+    source: str,
+    split: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    validation_share: float,
+    seed: int,
+    validation: bool,
+) -> Iterator[dict[str, Any]]:
     """Usable pairs of the training or of the validation side, with their keys, from the source's beginning on."""
     for row, pair, _ in readable_pairs(open_source(source, split, streaming=True).rows, tokenizer):
         if pair:
             keys = pair_keys(pair)
-            if is_validation_prompt(keys["prompt_key"], seed) == validation:
+            if is_validation_prompt(keys["prompt_key"], validation_share, seed) == validation:
                 yield {**pair, **keys, "place": row.location}
 
 
-def stream_ids(source: str, split: str | None, tokenizer, max_length: int, seed: int) -> IterableDataset:
+def stream_ids(
+    source: str,
+    split: str | None,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    validation_share: float,
+    seed: int,
+) -> IterableDataset:
     """Token ids and places of the training pairs as a stream without end: over the source again and again.
 
     The order follows from source and seed alone: each pair is drawn from the next `STREAM_BUFFER` ones.
@@ -146,10 +196,19 @@ def stream_ids(source: str, split: str | None, tokenizer, max_length: int, seed:
         differs = [not same for same in columns["identical"]]
         return {name: list(itertools.compress(columns[name], differs)) for name in STREAM_FEATURES}
 
-    place = {"source": source, "split": split, "tokenizer": tokenizer, "seed": seed, "validation": False}
-    pairs = IterableDataset.from_generator(stream_pairs, features=PAIR_FEATURES, gen_kwargs=place)
+    arguments = {
+        "source": source,
+        "split": split,
+        "tokenizer": tokenizer,
+        "validation_share": validation_share,
+        "seed": seed,
+        "validation": False,
+    }
+    features = Features({**PAIR_FEATURES, **KEY_FEATURES})
+    # A generator, so that no process has to read the source before it trains, and each pass opens it anew.
+    pairs = IterableDataset.from_generator(stream_pairs, features=features, gen_kwargs=arguments)
     ids = pairs.map(
-        differing_ids, batched=True, batch_size=BATCH_SIZE, remove_columns=list(PAIR_FEATURES), features=STREAM_FEATURES
+        differing_ids, batched=True, batch_size=BATCH_SIZE, remove_columns=list(features), features=STREAM_FEATURES
     )
     if not list(ids.take(1)):
         raise InputError(f"{source}: no usable training pair; load_helpsteer_dataset.py --source names the reasons")
@@ -157,7 +216,13 @@ def stream_ids(source: str, split: str | None, tokenizer, max_length: int, seed:
 
 
 def stream_processed(
-    source: str, split: str | None, model: ModelSource, max_length: int, validation_pairs: int, seed: int
+    source: str,
+    split: str | None,
+    model: ModelSource,
+    max_length: int,
+    validation_pairs: int,
+    validation_share: float,
+    seed: int,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What `load_processed` returns, straight from a source: nothing is written.
 
@@ -166,7 +231,9 @@ def stream_processed(
     Args:
         source, split: as `open_source` takes them.
         model: whose tokenizer is used.
+        max_length: of a conversation, in tokens.
         validation_pairs: the first so many pairs of the validation side; all when there are fewer.
+        validation_share: of the prompts, for the validation side.
         seed: of the split and of the order.
 
     Returns:
@@ -177,19 +244,24 @@ def stream_processed(
     """
     check_split([source], split)
     tokenizer = load_tokenizer(model.path)
-    held_out = list(itertools.islice(stream_pairs(source, split, tokenizer, seed, validation=True), validation_pairs))
+    sides = (source, split, tokenizer, validation_share, seed)
+    held_out = list(itertools.islice(stream_pairs(*sides, validation=True), validation_pairs))
     if not held_out:
         raise InputError(f"{source}: no usable validation pair; load_helpsteer_dataset.py --source names the reasons")
-    pairs = Dataset.from_list(held_out, features=PAIR_FEATURES)
-    keys = whole_columns(pairs, KEY_COLUMNS)
+    pairs = Dataset.from_list(held_out, features=Features({**PAIR_FEATURES, **KEY_FEATURES}))
+    keys = whole_columns(pairs, list(KEY_FEATURES))
+    seen = digest(keys["pair_key"], keys["swapped"])
     splits = {
-        "train": stream_ids(source, split, tokenizer, max_length, seed),
+        "train": stream_ids(source, split, tokenizer, max_length, validation_share, seed),
         "validation": tokenize_pairs(pairs, tokenizer, max_length, "validation"),
     }
     origin = open_source(source, split, streaming=True).origin
     metadata = {
         "source": f"stream of {origin}",
-        "digest": f"{digest(keys['pair_key'], keys['swapped'])} of the validation pairs, {origin}{versions(source)}",
+        # Nobody has seen all pairs: the source's revision, or its files' sizes and times, stand for the others.
+        "digest": f"{seen} of the validation pairs, {origin}{versions(source)}",
+        "split_digests": {"validation": seen},
+        "validation_share": validation_share,
         "seed": seed,
         "max_length": max_length,
         "tokenizer": model.origin,
@@ -198,14 +270,18 @@ def stream_processed(
 
 
 def percentiles(values: np.ndarray) -> dict[str, float]:
+    """Seven percentiles by their names, `p5` to `p100`, with two decimals."""
     return {f"p{p}": round(float(np.percentile(values, p)), 2) for p in (5, 25, 50, 75, 95, 99, 100)}
 
 
-def statistics(splits: DatasetDict) -> dict[str, Any]:
-    """What the pairs that are kept look like and what the length rule did to them; shares are of pairs."""
-    columns = [*COUNT_COLUMNS, "length", "chosen_rating", "rejected_rating"]
-    tables = {name: whole_columns(split, columns) for name, split in splits.items()}
-    joined = {name: np.concatenate([table[name] for table in tables.values()]) for name in columns}
+def statistics(splits: DatasetDict, max_length: int) -> dict[str, Any]:
+    """What the pairs that are kept look like and what the length rule did to them; shares are of pairs.
+
+    Lengths are in tokens before the cut, but for `longer_side_after_cut`: `prompt` with the template around it,
+    `chosen` and `rejected` without, `conversation` all of it, of the longer side of each pair.
+    """
+    joined = joined_columns(splits, [*COUNT_COLUMNS, "length", "chosen_rating", "rejected_rating"])
+    whole = np.maximum(joined["chosen_whole_length"], joined["rejected_whole_length"])
     gap = (joined["chosen_rating"] - joined["rejected_rating"]).astype(float)
     gap = gap[~np.isnan(gap)]
     return {
@@ -214,18 +290,19 @@ def statistics(splits: DatasetDict) -> dict[str, Any]:
             "response": float(joined["response_cut"].mean()),
             "pair": float((joined["prompt_cut"] | joined["response_cut"]).mean()),
         },
-        "over_max_length_share": float(joined["over_max_length"].mean()),
+        "over_max_length_share": float((whole > max_length).mean()),
         "length_percentiles": {
             "prompt": percentiles(joined["prompt_length"]),
             "chosen": percentiles(joined["chosen_length"]),
             "rejected": percentiles(joined["rejected_length"]),
+            "conversation": percentiles(whole),
             "longer_side_after_cut": percentiles(joined["length"]),
         },
         "rating_gap": {"n": len(gap), "mean": round(float(gap.mean()), 3), **percentiles(gap)} if len(gap) else None,
         "longer_wins": {
             name: longer_wins(
-                (row["chosen"] for row in split.select_columns(["chosen"])),
-                (row["rejected"] for row in split.select_columns(["rejected"])),
+                (response_text(row["chosen"]) for row in split.select_columns(["chosen"])),
+                (response_text(row["rejected"]) for row in split.select_columns(["rejected"])),
             )
             for name, split in splits.items()
         },
@@ -238,7 +315,7 @@ def digest(pair_key: np.ndarray, swapped: np.ndarray) -> str:
 
 
 def load_processed(directory: str) -> tuple[DatasetDict, dict[str, Any]]:
-    """Splits and metadata of a directory that this script wrote.
+    """Splits and metadata of a directory that `load_helpsteer_dataset.py` wrote.
 
     Of several processes, which all have to call this, the first one looks for damage.
 
@@ -251,8 +328,11 @@ def load_processed(directory: str) -> tuple[DatasetDict, dict[str, Any]]:
         splits = load_from_disk(directory)
     except (OSError, ValueError, KeyError, pyarrow.ArrowException) as error:
         raise InputError(f"{directory}: no complete dataset here; run load_helpsteer_dataset.py first") from error
-    known = metadata.keys() >= {"source", "digest", "seed", "max_length", "tokenizer"}
-    if not known or any("place" not in split.column_names for split in splits.values()):
+    known = isinstance(metadata, dict) and metadata.keys() >= {"source", *IDENTITY}
+    # An earlier version wrote answers as text, which read as messages would be nonsense.
+    if not known or any(
+        split.features.get(name) != PAIR_FEATURES[name] for split in splits.values() for name in PAIR_FEATURES
+    ):
         raise InputError(f"{directory}: made by another version of load_helpsteer_dataset.py; run it again")
     return splits, metadata
 
@@ -261,7 +341,10 @@ def read_pairs(name: str, split: str | None = None) -> Dataset:
     """Pairs of a processed directory (its validation split) or of any source, without the unusable rows.
 
     Returns:
-        The columns of `load_helpsteer_dataset.check_pair`, with `place` (where the pair stands) and `category`.
+        `PAIR_FEATURES`.
+
+    Raises:
+        InputError: no usable pair, or the source can not be read.
     """
     if (Path(name) / "metadata.json").is_file():
         splits, _ = load_processed(name)
@@ -269,24 +352,23 @@ def read_pairs(name: str, split: str | None = None) -> Dataset:
     pairs, dropped = [], 0
     for row, pair, _ in checked_pairs(open_source(name, split).rows):
         if pair:
-            pairs.append({**pair, "place": row.location, "category": category_of(row.values)})
+            pairs.append({**pair, "place": row.location})
         else:
             dropped += 1
     if not pairs:
         raise InputError(f"{name}: no usable pair in {dropped} rows; load_helpsteer_dataset.py names the reasons")
     if dropped:
         print(f"{name}: {dropped:,} unusable rows left out (load_helpsteer_dataset.py names the reasons)")
-    return Dataset.from_list(pairs)
+    return Dataset.from_list(pairs, features=PAIR_FEATURES)  # named, since a column of None alone has no type
 
 
 def processed_pairs(splits: dict[str, Dataset], name: str, split: str) -> Dataset:
-    """A processed split in the form of `read_pairs`."""
-    pairs = splits[split].select_columns(["prompt", "chosen", "rejected", "chosen_rating", "rejected_rating"])
-    places = [f"{name}, {split} row {number}" for number in range(1, len(pairs) + 1)]
-    return pairs.add_column("place", places).add_column("category", [""] * len(pairs))
+    """A processed split in the form of `read_pairs`; a pair stands where it is here, not where it came from."""
+    pairs = splits[split].select_columns([column for column in PAIR_FEATURES if column != "place"])
+    return pairs.add_column("place", [f"{name}, {split} row {number}" for number in range(1, len(pairs) + 1)])
 
 
-def check_tokens(split: Dataset, tokenizer, max_length: int, made_by: str) -> None:
+def check_tokens(split: Dataset, tokenizer: PreTrainedTokenizerBase, max_length: int, made_by: str) -> None:
     """Make sure that the data holds the ids that this tokenizer gives.
 
     Raises:
@@ -300,8 +382,8 @@ def check_tokens(split: Dataset, tokenizer, max_length: int, made_by: str) -> No
 
 
 def data_identity(metadata: dict[str, Any]) -> dict[str, Any]:
-    """What tells processed data from other data: the pairs, their split, and how they were cut."""
-    return {name: metadata[name] for name in ("digest", "seed", "max_length", "tokenizer")}
+    """What tells processed data from other data: the pairs, on which side each is, and how they were cut."""
+    return {name: metadata[name] for name in IDENTITY}
 
 
 def versions(source: str) -> str:
@@ -309,4 +391,4 @@ def versions(source: str) -> str:
     path = SAMPLE_FILE if source == "sample" else Path(source)
     files = sorted(file for file in [path, *path.rglob("*")] if file.is_file() and file_type(file) in FILE_TYPES)
     seen = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    return f", files {_hash(json.dumps(seen)):x}" if seen else ""
+    return f", files {text_hash(json.dumps(seen)):x}" if seen else ""

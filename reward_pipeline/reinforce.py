@@ -1,12 +1,21 @@
-"""REINFORCE with a moving-average baseline (arXiv 2402.14740): pure functions."""
+"""REINFORCE with a moving-average baseline (Ahmadian et al. 2024, arXiv 2402.14740): the algorithm as pure functions.
 
+Shapes: B completions of at most T tokens after prompts of at most P tokens, over a vocabulary of V. Log-probabilities,
+KL and entropies are fp32, in nats.
+"""
+
+import contextlib
 import math
-from collections.abc import Sequence
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from reward_pipeline.files import InputError, named
+from reward_pipeline.devices import autocast
+from reward_pipeline.files import InputError, at_places
 
 REMEDY = "the checkpoints before it are kept; start over with a lower --learning_rate or a higher --kl_coefficient"
 
@@ -15,8 +24,52 @@ class DivergedError(InputError):
     """The policy is spoiled: by the update before the one in which this is found."""
 
 
+@contextlib.contextmanager
+def without_spoiled_checkpoint(checkpoints: Path, log: Sequence[dict], is_first: bool) -> Iterator[None]:
+    """When the block finds the policy spoiled, remove the checkpoint after the last update in `log`, if there is one.
+
+    That update spoiled it, so no run may go on from there.
+
+    Args:
+        is_first: whether this process is the one that removes.
+    """
+    try:
+        yield
+    except DivergedError:
+        if is_first:
+            shutil.rmtree(checkpoints / f"checkpoint-{len(log)}", ignore_errors=True)
+        raise
+
+
+# --- completions and their log-probabilities -------------------------------------------------------------------------
+
+
+class Completions(NamedTuple):
+    """B sampled completions with their prompts."""
+
+    ids: torch.Tensor  # (B, P + T) int64, prompts padded on the left, completions on the right
+    attention_mask: torch.Tensor  # (B, P + T) int64, 0 left of the prompt and after the end of the completion
+    mask: torch.Tensor  # (B, T) bool, the completion up to and including its end token
+    ended: torch.Tensor  # (B,) bool
+    texts: list[str]
+
+    def part(self, start: int, size: int) -> "Completions":
+        """At most `size` of the rows, without the columns that are padding in all of them."""
+        rows = slice(start, min(start + size, len(self.texts)))
+        used = self.attention_mask[rows].any(dim=0).nonzero()
+        columns = slice(int(used[0]), int(used[-1]) + 1)
+        unused = self.ids.shape[1] - columns.stop
+        return Completions(
+            self.ids[rows, columns],
+            self.attention_mask[rows, columns],
+            self.mask[rows, : self.mask.shape[1] - unused],
+            self.ended[rows],
+            self.texts[rows],
+        )
+
+
 def completion_mask(completions: torch.Tensor, end_ids: Sequence[int]) -> torch.Tensor:
-    """(B, T) bool, true up to and including the first end token; what `generate` padded after it is false.
+    """(B, T) bool, true up to and including the first end token of (B, T) ids; what was padded after it is false.
 
     An end token that is also the pad token is therefore counted once.
     """
@@ -25,44 +78,50 @@ def completion_mask(completions: torch.Tensor, end_ids: Sequence[int]) -> torch.
 
 
 def has_ended(completions: torch.Tensor, end_ids: Sequence[int]) -> torch.Tensor:
-    """(B,) bool, whether an end token occurs."""
+    """(B,) bool, whether an end token occurs in (B, T) ids."""
     return torch.isin(completions, torch.tensor(end_ids, device=completions.device)).any(dim=1)
 
 
-def distributions(
-    model, ids: torch.Tensor, attention_mask: torch.Tensor, length: int, temperature: float
-) -> torch.Tensor:
-    """Log-probabilities of every token at every place of the completions.
+def log_probabilities(
+    model: torch.nn.Module, completions: Completions, temperature: float, dtype: torch.dtype | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-probabilities of the sampled tokens, and entropies of the distributions they come from.
 
     Args:
-        ids: (B, P + T) prompts padded on the left, then completions padded on the right.
-        attention_mask: (B, P + T), 0 on the padding.
-        length: T, tokens of the completions.
+        model: a causal language model of `transformers`, or what accelerate made of one.
         temperature: that of the sampling; the logits are divided by it.
+        dtype: of autocast; None computes in fp32.
 
     Returns:
-        (B, T, V) fp32, in nats; after the end of a completion they have no meaning.
+        (B, T) each, the second without gradient; after the end of a completion they have no meaning.
     """
+    ids, attention_mask, mask, _, _ = completions
+    # Prompts are padded on the left: without positions of their own, their first token would not be at place 0.
     positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
-    logits = model(
-        input_ids=ids, attention_mask=attention_mask, position_ids=positions, use_cache=False, logits_to_keep=length + 1
-    ).logits
-    # The logits at one position are those of the next token.
-    return (logits[:, :-1].float() / temperature).log_softmax(dim=-1)
+    with autocast(ids.device, dtype):
+        logits = model(
+            input_ids=ids,
+            attention_mask=attention_mask,
+            position_ids=positions,
+            use_cache=False,
+            logits_to_keep=mask.shape[1] + 1,  # the vocabulary is the widest layer: it is not computed for prompts
+        ).logits
+    # The logits at one place are those of the next token, so the last ones say nothing about the completion. Softmax in
+    # fp32: bf16 has three digits, and two policies that are one update apart differ by less.
+    everything = (logits[:, :-1].float() / temperature).log_softmax(dim=-1)
+    sampled = everything.gather(2, ids[:, -mask.shape[1] :, None]).squeeze(2)
+    with torch.no_grad():
+        entropy = torch.special.entr(everything.exp()).sum(dim=2)
+    return sampled, entropy
 
 
-def of_tokens(log_probs: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-    """(B, T) log-probabilities of the sampled tokens, from (B, T, V) of all and ids (B, P + T)."""
-    return log_probs.gather(2, ids[:, -log_probs.shape[1] :, None]).squeeze(2)
-
-
-def entropies(log_probs: torch.Tensor) -> torch.Tensor:
-    """(B, T) entropy of each of the (B, T, V) distributions, in nats."""
-    return torch.special.entr(log_probs.exp()).sum(dim=2)
+# --- rewards, baseline, loss -----------------------------------------------------------------------------------------
 
 
 def sequence_kl(log_probs: torch.Tensor, reference: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """(B,) single-sample estimate of KL(policy || reference) of each completion: summed log-ratio, in nats.
+    """(B,) single-sample estimate of KL(policy || reference) of each completion: the summed log-ratio.
+
+    Unbiased, and of either sign: the estimator "k1" of http://joschu.net/blog/kl-approx.html.
 
     Args:
         log_probs, reference: (B, T) log-probabilities of the sampled tokens.
@@ -74,12 +133,18 @@ def sequence_kl(log_probs: torch.Tensor, reference: torch.Tensor, mask: torch.Te
 def regularised_rewards(
     scores: torch.Tensor, kl: torch.Tensor, ended: torch.Tensor, kl_coefficient: float, missing_eos_penalty: float
 ) -> torch.Tensor:
-    """(B,) R: score minus the KL term minus the penalty of completions that did not end; without gradient."""
+    """(B,) R: score minus the KL term minus the penalty of completions that did not end; without gradient.
+
+    The KL is a part of the reward, not of the loss: E[R grad log pi] then holds its gradient too, since the expectation
+    of the KL's own derivative, E[grad log pi], is 0.
+    """
     return scores - kl_coefficient * kl.detach() - missing_eos_penalty * (~ended).float()
 
 
 def reinforce_loss(log_probs: torch.Tensor, mask: torch.Tensor, advantages: torch.Tensor) -> torch.Tensor:
-    """Scalar whose gradient is the REINFORCE estimate: -mean_i(advantage_i * sum_t log pi(y_it)).
+    """Scalar whose gradient is the REINFORCE estimate: -mean_i(advantage_i * sum_t log pi(y_it)), Williams 1992.
+
+    A sum over tokens, not a mean: the whole completion is one action, and a mean would prefer long bad ones.
 
     Args:
         log_probs: (B, T) with gradient.
@@ -97,6 +162,7 @@ def baseline_value(kind: str, state: dict[str, float], first: float, ema_decay: 
             average "ema" with bias correction (arXiv 1412.6980), or "none" for 0.
         state: of `updated_baseline`; empty before the first step.
         first: mean reward of the first step, its own baseline, since nothing came before it.
+        ema_decay: weight of the average before a step against that of its reward.
     """
     if kind == "none":
         return 0.0
@@ -108,13 +174,18 @@ def baseline_value(kind: str, state: dict[str, float], first: float, ema_decay: 
 
 
 def updated_baseline(state: dict[str, float], reward: float, ema_decay: float) -> dict[str, float]:
-    """The state with the mean reward of one more step."""
+    """The state with the mean reward of one more step; it serves every kind of baseline."""
     before = state or {"steps": 0, "total": 0.0, "average": 0.0}
     return {
         "steps": before["steps"] + 1,
         "total": before["total"] + reward,
         "average": ema_decay * before["average"] + (1 - ema_decay) * reward,
     }
+
+
+def warmed_up(learning_rate: float, warmup_steps: int, step: int) -> float:
+    """Linear warm-up, then constant; `step` counts from 1."""
+    return learning_rate * min(1.0, step / max(warmup_steps, 1))
 
 
 def step_seed(seed: int, step: int, part: int) -> int:
@@ -125,39 +196,57 @@ def step_seed(seed: int, step: int, part: int) -> int:
     return int(np.random.SeedSequence([seed, step, part]).generate_state(1)[0])
 
 
-def warmed_up(learning_rate: float, warmup_steps: int, step: int) -> float:
-    """Linear warm-up, then constant; `step` counts from 1."""
-    return learning_rate * min(1.0, step / max(warmup_steps, 1))
+# --- figures ---------------------------------------------------------------------------------------------------------
 
 
-def step_figures(sums: dict[str, float], baseline: float) -> dict[str, float]:
-    """What is logged of an update, from sums over all its completions; see `accumulate_gradient`.
+def completion_figures(
+    completions: Completions, scores: torch.Tensor, rewards: torch.Tensor, kl: torch.Tensor, entropy: torch.Tensor
+) -> torch.Tensor:
+    """(B, 6) fp32, a row a completion: score, R, KL, entropy summed over its tokens, tokens, whether it ended.
+
+    Args:
+        scores, rewards, kl: (B,).
+        entropy: (B, T).
+    """
+    mask = completions.mask
+    summed = entropy.masked_fill(~mask, 0).sum(dim=1)
+    columns = [scores, rewards, kl, summed, mask.sum(dim=1), completions.ended]
+    return torch.stack([column.detach().float() for column in columns], dim=1)
+
+
+def step_figures(table: torch.Tensor, baseline: float) -> dict[str, float]:
+    """What is logged of an update, from the (N, 6) of `completion_figures` over all processes.
 
     Returns:
         Means over completions: `score` by the reward model and its `score_std`, `reward` R and `advantage_std` of
         R - baseline, `kl` (nats to the reference), `length` (tokens), `ended` (share); means over tokens:
         `kl_per_token`, `entropy`; and `baseline`.
     """
-    n, tokens = sums["completions"], sums["tokens"]
-    score, reward = sums["score"] / n, sums["reward"] / n
+    scores, rewards, kl, entropy, tokens, ended = table.cpu().double().unbind(dim=1)  # MPS has no float64
     return {
-        "score": score,
-        "score_std": math.sqrt(max(sums["score_squared"] / n - score**2, 0)),
-        "reward": reward,
+        "score": scores.mean().item(),
+        "score_std": scores.std(correction=0).item(),
+        "reward": rewards.mean().item(),
         "baseline": baseline,
-        "advantage_std": math.sqrt(max(sums["reward_squared"] / n - reward**2, 0)),
-        "kl": sums["kl"] / n,
-        "kl_per_token": sums["kl"] / tokens,
-        "entropy": sums["entropy"] / tokens,
-        "length": tokens / n,
-        "ended": sums["ended"] / n,
+        "advantage_std": rewards.std(correction=0).item(),  # b is the same for all, so it does not matter here
+        "kl": kl.mean().item(),
+        "kl_per_token": (kl.sum() / tokens.sum()).item(),
+        "entropy": (entropy.sum() / tokens.sum()).item(),
+        "length": tokens.mean().item(),
+        "ended": ended.mean().item(),
     }
+
+
+def non_finite_places(table: torch.Tensor, places: Sequence[str]) -> list[str]:
+    """Those of the B places whose R is not finite, by the (B, 6) of `completion_figures`."""
+    return [place for place, fine in zip(places, table[:, 1].isfinite().tolist(), strict=True) if not fine]
 
 
 def check_figures(figures: dict[str, float], step: int, max_kl: float, places: Sequence[str] = ()) -> None:
     """Stop before an update that starts from a spoiled policy, or would spoil it.
 
     Args:
+        max_kl: nats of the whole completion, on average.
         places: of the prompts whose R is not finite.
 
     Raises:
@@ -165,7 +254,7 @@ def check_figures(figures: dict[str, float], step: int, max_kl: float, places: S
     """
     for name, value in figures.items():
         if not math.isfinite(value):
-            raise DivergedError(f"update {step}: {name} is {value}{named(places)}; {REMEDY}")
+            raise DivergedError(f"update {step}: {name} is {value}{at_places(places)}; {REMEDY}")
     if figures["kl"] > max_kl:
         kl = f"{figures['kl']:.1f} nats, above --max_kl {max_kl}"
         raise DivergedError(f"update {step}: the mean KL is {kl}; {REMEDY}")

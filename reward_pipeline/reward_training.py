@@ -1,6 +1,7 @@
-"""TRL's `RewardTrainer` with what this project adds to it."""
+"""TRL's `RewardTrainer` with what this project adds to it: rows named at NaN, every pair counted once, good stops."""
 
 import contextlib
+import json
 import math
 import pickle
 import time
@@ -8,56 +9,43 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
+import pyarrow.compute
 import torch
+from accelerate import PartialState
 from accelerate.utils import gather_object
-from datasets import IterableDataset
+from datasets import Dataset, IterableDataset
 from peft import PeftModel
 from safetensors import SafetensorError
-from transformers import EvalPrediction, TrainerCallback
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from tqdm.auto import tqdm
+from transformers import EvalPrediction, PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import SaveStrategy
 from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
-from reward_pipeline.files import InputError, check_files, first_line, named, write_checksums
-from reward_pipeline.models import ModelSource, load_reward_model, round_weights
+from reward_pipeline.cards import reward_model_card, write_evaluation
+from reward_pipeline.files import (
+    InputError,
+    at_places,
+    check_files,
+    first_line,
+    rounded,
+    write_checksums,
+    write_text,
+)
+from reward_pipeline.models import load_reward_model, round_weights
+from reward_pipeline.pair_metrics import Columns
+from reward_pipeline.plots import plot_curves
 from reward_pipeline.processes import together
 from reward_pipeline.runs import CHECKPOINT_REMEDY
 from reward_pipeline.statistics import wins
 
 MIN_WARMUP_UPDATES = 20  # shorter runs start at the full learning rate
+READ_AT_ONCE = 10_000  # pairs whose tokens are counted
+SETTLED_UPDATES = 3  # after which the speed of a run can be told
 
-
-@contextlib.contextmanager
-def named_errors(checkpoint: str | None) -> Iterator[None]:
-    """Let what libraries say of a checkpoint that can not be loaded become an `InputError`."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, torch.distributed.DistError):
-        raise  # says nothing of the checkpoint
-    except (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
-        raise InputError(
-            f"{checkpoint}: damaged, or of another model ({first_line(error)}); {CHECKPOINT_REMEDY}"
-        ) from error
-
-
-@contextlib.contextmanager
-def refused_settings(*kinds: type[Exception]) -> Iterator[None]:
-    """Let what libraries say, by errors of these kinds, of settings that they do not take become an `InputError`."""
-    try:
-        yield
-    except kinds as error:
-        raise InputError(f"the trainer refuses these settings: {first_line(error)}") from error
-
-
-class PlaceCollator(DataCollatorForPreference):
-    """TRL's collator; a batch also says where its pairs come from. Those of a stream have no column `row`."""
-
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        places = [
-            f"row {example['row'] + 1} ({example['place']})" if "row" in example else example["place"]
-            for example in examples
-        ]
-        return {**super().torch_call(examples), "place": places}
+# --- the trainer -----------------------------------------------------------------------------------------------------
 
 
 class PairTrainer(RewardTrainer):
@@ -66,10 +54,13 @@ class PairTrainer(RewardTrainer):
     Its evaluation keeps the rewards of every pair: each counts once, ties count half.
     """
 
-    def _set_signature_columns_if_needed(self):
-        super()._set_signature_columns_if_needed()
-        if "place" not in self._signature_columns:
-            self._signature_columns += ["row", "place"]  # would be dropped before the collator sees them
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        # A line that a person reads, with one accuracy in it, instead of TRL's dictionaries.
+        for theirs in (PrinterCallback, ProgressCallback):
+            self.remove_callback(theirs)
+        self.add_callback(Lines if self.args.disable_tqdm else Progress)
+        self.add_callback(Checksums)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         places = inputs.pop("place", [])
@@ -97,13 +88,15 @@ class PairTrainer(RewardTrainer):
             InputError: always.
         """
         split, update = "train" if self.model.training else "validation", self.state.global_step + self.model.training
-        batch = named([f"{split} {place}" for place in places])
+        batch = at_places([f"{split} {place}" for place in places])
         raise InputError(
             f"update {update}: the {figure} is not finite{batch}; "
             "the last checkpoint is kept; start over (--fresh) with a lower --learning_rate or without such pairs"
         )
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        # TRL's own would return one logit an answer, the chosen and the rejected ones of a batch after each other. As
+        # (pairs, 2) they can be gathered from uneven batches and processes, and each pair is counted once.
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
@@ -111,11 +104,11 @@ class PairTrainer(RewardTrainer):
         pairs = torch.stack(rewards, dim=1)  # (pairs, 2): chosen, rejected
         return loss.detach(), pairs, torch.zeros_like(pairs[:, 0])  # without labels no metrics would be computed
 
-    def _save_checkpoint(self, model, trial):
-        super()._save_checkpoint(model, trial)
-        self.accelerator.wait_for_everyone()
-        if self.is_world_process_zero():
-            write_checksums(Path(self._get_output_dir(trial)) / f"checkpoint-{self.state.global_step}")
+    def log(self, logs, start_time=None):
+        # TRL would overwrite the accuracy of an evaluation with its own: a mean over batches, however uneven they are,
+        # in which a tie counts as wrong.
+        self._metrics["eval"].pop("accuracy", None)
+        super().log(logs, start_time)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         with named_errors(resume_from_checkpoint):
@@ -152,9 +145,66 @@ class PairTrainer(RewardTrainer):
         return best or self.control.should_training_stop
 
 
+def place_collator(pad_token_id: int, pad_to_multiple_of: int | None) -> Callable[[list[dict[str, Any]]], dict]:
+    """TRL's collator, whose batches also say under "place" where their pairs come from."""
+    collate = DataCollatorForPreference(pad_token_id, pad_to_multiple_of)
+
+    def collate_with_places(examples: list[dict[str, Any]]) -> dict[str, Any]:
+        # Pairs of a stream have no column `row`.
+        places = [f"row {each['row'] + 1} ({each['place']})" if "row" in each else each["place"] for each in examples]
+        return {**collate(examples), "place": places}
+
+    return collate_with_places
+
+
 def pair_accuracy(prediction: EvalPrediction) -> dict[str, float]:
     """Share of pairs whose chosen answer has the higher reward, ties half; `predictions` is (N, 2)."""
-    return {"pair_accuracy": float(wins(prediction.predictions[:, 0], prediction.predictions[:, 1]).mean())}
+    return {"accuracy": float(wins(prediction.predictions[:, 0], prediction.predictions[:, 1]).mean())}
+
+
+def keep_rewards_in_fp32(trainer: PairTrainer) -> None:
+    """Under FSDP2 let the layers alone compute in a shorter type.
+
+    The policy of `accelerate` would also round the rewards, and the sums of gradients.
+    """
+    if trainer.accelerator.is_fsdp2 and computing_type(trainer.args) != torch.float32:
+        trainer.accelerator.state.fsdp_plugin.mixed_precision_policy = MixedPrecisionPolicy(
+            param_dtype=computing_type(trainer.args), reduce_dtype=torch.float32
+        )
+
+
+@contextlib.contextmanager
+def named_errors(checkpoint: str | None) -> Iterator[None]:
+    """Let what libraries say of a checkpoint that can not be loaded become an `InputError`."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, torch.distributed.DistError):
+        raise  # says nothing of the checkpoint
+    except (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError, pickle.UnpicklingError) as error:
+        raise InputError(
+            f"{checkpoint}: damaged, or of another model ({first_line(error)}); {CHECKPOINT_REMEDY}"
+        ) from error
+
+
+@contextlib.contextmanager
+def refused_settings(*kinds: type[Exception]) -> Iterator[None]:
+    """Let what libraries say, by errors of these kinds, of settings that they do not take become an `InputError`."""
+    try:
+        yield
+    except kinds as error:
+        raise InputError(f"the trainer refuses these settings: {first_line(error)}") from error
+
+
+# --- what happens beside the updates ---------------------------------------------------------------------------------
+
+
+class Checksums(TrainerCallback):
+    """A checkpoint gets its checksums as soon as all processes have written their parts of it."""
+
+    def on_save(self, args, state, control, **kwargs):
+        PartialState().wait_for_everyone()
+        if state.is_world_process_zero:
+            write_checksums(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 class Watch(TrainerCallback):
@@ -166,6 +216,7 @@ class Watch(TrainerCallback):
     def __init__(self, stop_requested: Callable[[], bool]):
         self.stop_requested, self.interrupted = stop_requested, False
         self.seconds, self.updates, self.started = 0.0, 0, 0.0
+        self.updates_of_this_start = 0
 
     def on_train_begin(self, args, state, control, **kwargs):
         for entry in state.log_history:
@@ -178,6 +229,11 @@ class Watch(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         self.seconds += time.perf_counter() - self.started
         self.updates += 1
+        self.updates_of_this_start += 1
+        left = state.max_steps - state.global_step
+        if self.updates_of_this_start == SETTLED_UPDATES and left and state.is_world_process_zero:
+            expected = duration(left * self.seconds / self.updates)
+            tqdm.write(f"expected       {expected} for the other {left:,} updates, evaluations not counted")
         if self.stop_requested():
             self.interrupted = control.should_save = control.should_training_stop = True
 
@@ -191,15 +247,52 @@ class Watch(TrainerCallback):
             state.log_history[-1]["update_seconds"] = self.seconds
 
 
-def share_update(config: RewardConfig) -> None:
+class Lines(TrainerCallback):
+    """The log as lines."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if state.is_world_process_zero and (line := log_line(logs, state.global_step, state.max_steps)):
+            tqdm.write(line)
+
+
+class Progress(Lines, ProgressCallback):
+    """The log as lines above the bars of `transformers`."""
+
+
+def log_line(logs: dict[str, float], update: int, updates: int) -> str:
+    """What was measured over the last updates, or by an evaluation; empty for other entries of a log."""
+    prefix = "eval_" if "eval_loss" in logs else ""
+    if f"{prefix}loss" not in logs:
+        return ""
+    shown = [("loss", ".4f"), ("accuracy", ".3f"), ("margin", "+.3f"), ("learning_rate", ".2e"), ("grad_norm", ".2f")]
+    figures = [
+        f"{name.replace('_', ' ')} {float(logs[prefix + name]):{form}}" for name, form in shown if prefix + name in logs
+    ]
+    return f"update {update:,}/{updates:,}  {'validation  ' if prefix else ''}{'  '.join(figures)}"
+
+
+def duration(seconds: float) -> str:
+    """Seconds in words, to the minute from one on."""
+    minutes = round(seconds / 60)
+    if minutes < 1:
+        return f"{seconds:.0f} s"
+    return f"{minutes // 60} h {minutes % 60} min" if minutes >= 60 else f"{minutes} min"
+
+
+# --- the length and the rhythm of a run ------------------------------------------------------------------------------
+
+
+def share_update(config: RewardConfig, batch: int, accumulation: int) -> None:
     """Divide the pairs of an update among the processes, so that their number does not change the result.
 
     Only as long as both batch settings are at their constants: other values count per process, as everywhere in TRL.
 
+    Args:
+        batch, accumulation: the constants, pairs per step and steps per update of one process.
+
     Raises:
         InputError: the pairs can not be divided.
     """
-    batch, accumulation = PER_DEVICE_TRAIN_BATCH_SIZE, GRADIENT_ACCUMULATION_STEPS
     if (config.per_device_train_batch_size, config.gradient_accumulation_steps) != (batch, accumulation):
         return
     mine, rest = divmod(batch * accumulation, config.world_size)
@@ -212,10 +305,19 @@ def share_update(config: RewardConfig) -> None:
     config.gradient_accumulation_steps = mine // config.per_device_train_batch_size
 
 
-def fit_rhythm(config: RewardConfig, pairs: int) -> int:
+def pairs_per_update(config: RewardConfig) -> int:
+    """Pairs of all processes together."""
+    return config.train_batch_size * config.gradient_accumulation_steps * config.world_size
+
+
+def fit_rhythm(config: RewardConfig, pairs: int, usual_warmup: float) -> int:
     """Scale logging, evaluation and saving to the length of the run; returns its number of updates.
 
     Steps below 1 are shares of the run, as everywhere in `transformers`.
+
+    Args:
+        pairs: to train on; of no matter with `max_steps`.
+        usual_warmup: the constant; a short run leaves it out, but not what the user asked for.
     """
     batches = math.ceil(pairs / (config.train_batch_size * config.world_size))
     updates_per_epoch = max(math.ceil(batches / config.gradient_accumulation_steps), 1)
@@ -229,45 +331,108 @@ def fit_rhythm(config: RewardConfig, pairs: int) -> int:
     config.save_steps = steps(config.save_steps, updates)
     if config.load_best_model_at_end:  # then every checkpoint needs its accuracy
         config.save_steps = config.eval_steps * max(config.save_steps // config.eval_steps, 1)
-    if updates < MIN_WARMUP_UPDATES and config.warmup_steps == WARMUP_STEPS:
+    if updates < MIN_WARMUP_UPDATES and config.warmup_steps == usual_warmup:
         config.warmup_steps = 0  # the first update of a warm-up has learning rate 0
     return updates
 
 
-def run_figures(trainer: PairTrainer, watch: Watch) -> dict[str, Any]:
-    """What the training did and how fast."""
-    config, state = trainer.args, trainer.state
-    evaluated = {entry["step"] for entry in state.log_history if "eval_pair_accuracy" in entry}
-    candidates = sum(map(trainer.competes, evaluated))
-    best = state.best_model_checkpoint if config.load_best_model_at_end else None
-    pairs_per_update = config.train_batch_size * config.gradient_accumulation_steps * config.world_size
-    seen = state.global_step * pairs_per_update
-    return {
-        "train_pairs": seen if isinstance(trainer.train_dataset, IterableDataset) else len(trainer.train_dataset),
-        "train_pairs_per_second": watch.updates * pairs_per_update / watch.seconds if watch.seconds else None,
-        "train_seconds": watch.seconds,
-        "updates": state.global_step,
-        "pairs_per_update": pairs_per_update,
-        "candidates": candidates if config.load_best_model_at_end else 1,
-        "best_checkpoint": Path(best).name if best else None,
-        "device": f"{DEVICE.type} ({str(computing_type(config)).removeprefix('torch.')})",
-    }
+def computing_type(config: RewardConfig) -> torch.dtype:
+    """What the linear layers are computed in."""
+    return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
 
 
-def save_merged(trainer: PairTrainer, source: ModelSource, directory: Path) -> None:
+def numbered(pairs: Dataset) -> Dataset:
+    """The pairs with their numbers, which `place_collator` names."""
+    return pairs.add_column("row", np.arange(len(pairs)))
+
+
+def tokens_of(pairs: Dataset) -> int:
+    """Tokens of both conversations of all pairs; read as Arrow, where a million pairs take seconds."""
+    names = ["chosen_ids", "rejected_ids"]
+    tables = pairs.select_columns(names).with_format("arrow").iter(READ_AT_ONCE)
+    return sum(
+        pyarrow.compute.sum(pyarrow.compute.list_value_length(table[name])).as_py()
+        for table in tables
+        for name in names
+    )
+
+
+# --- what a run leaves -----------------------------------------------------------------------------------------------
+
+
+def save_trained(trainer: PairTrainer, base: str, directory: Path) -> None:
+    """Save the model as it was computed with, as one whole model; all processes take their part.
+
+    Args:
+        base: directory of the base model.
+    """
+    lora = isinstance(trainer.model, PeftModel)
+    if not lora:
+        round_weights(trainer.model, computing_type(trainer.args))
+    trainer.save_model(str(directory))
+    if trainer.is_world_process_zero():
+        if lora:
+            save_merged(trainer, base, directory)
+        (directory / "training_args.bin").unlink(missing_ok=True)  # a pickle, and all in settings.json anyway
+    trainer.accelerator.wait_for_everyone()
+
+
+def save_merged(trainer: PairTrainer, base: str, directory: Path) -> None:
     """Turn the adapter that was saved in `directory` into a whole model: base weights plus LoRA, and the trained head.
 
     From a freshly loaded base model, so that it also works where the trained one is spread over several processes.
     """
-    base = load_reward_model(source.path, trainer.processing_class.pad_token_id, trainer.args.seed)
-    base.config.reward_max_length = trainer.model.config.reward_max_length
-    merged = PeftModel.from_pretrained(base, directory).merge_and_unload()
+    fresh = load_reward_model(base, trainer.processing_class.pad_token_id, trainer.args.seed)
+    fresh.config.update({name: getattr(trainer.model.config, name) for name in ("reward_max_length", "reward_format")})
+    merged = PeftModel.from_pretrained(fresh, directory).merge_and_unload()
     round_weights(merged, computing_type(trainer.args))
     for adapter in directory.glob("adapter_*"):
         adapter.unlink()
     merged.save_pretrained(directory)
 
 
-def computing_type(config: RewardConfig) -> torch.dtype:
-    """What the linear layers are computed in."""
-    return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
+def run_figures(trainer: PairTrainer, watch: Watch) -> dict[str, Any]:
+    """What the training did and how fast."""
+    config, state = trainer.args, trainer.state
+    evaluated = {entry["step"] for entry in state.log_history if "eval_accuracy" in entry}
+    candidates = sum(map(trainer.competes, evaluated))
+    best = state.best_model_checkpoint if config.load_best_model_at_end else None
+    size = pairs_per_update(config)
+    streamed = isinstance(trainer.train_dataset, IterableDataset)
+    return {
+        "train_pairs": state.global_step * size if streamed else len(trainer.train_dataset),
+        "train_pairs_per_second": watch.updates * size / watch.seconds if watch.seconds else None,
+        "train_seconds": watch.seconds,
+        "updates": state.global_step,
+        "pairs_per_update": size,
+        "candidates": candidates if config.load_best_model_at_end else 1,
+        "best_checkpoint": Path(best).name if best else None,
+        "device": f"{config.device.type} ({str(computing_type(config)).removeprefix('torch.')})",
+    }
+
+
+def write_results(
+    directory: Path,
+    columns: Columns,
+    metrics: dict[str, Any],
+    settings: dict[str, Any],
+    metadata: dict[str, Any],
+    log: list[dict[str, Any]],
+) -> None:
+    """Complete a saved model with its figures, settings, log, plots and card.
+
+    Args:
+        columns, metrics: of the validation split, and the training's own figures.
+        settings: resolved settings of the run.
+        metadata: of the processed data.
+        log: the trainer's history.
+    """
+    plots = write_evaluation(columns, metrics, directory)
+    plot_curves(log, metrics["longer_wins"], directory / "plots" / "training_curves.png")
+    config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    config |= {name: metrics[name] for name in ("reward_mean", "reward_std")}  # for `normalize=True`
+    contents = {"config": config, "metrics": rounded(metrics), "settings": settings, "training_log": log}
+    for name, content in contents.items():
+        write_text(directory / f"{name}.json", json.dumps(content, indent=2, default=str) + "\n")
+    write_text(directory / "README.md", reward_model_card(metrics, settings, metadata, ["training_curves.png", *plots]))
+    write_checksums(directory)

@@ -1,18 +1,33 @@
 """Output directories, checkpoints, and going on where a run stopped."""
 
 import contextlib
+import itertools
 import json
+import pickle
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from reward_pipeline.files import InputError, check_files, first_line, replace_directory, sole_writer, write_text
+import torch
+from accelerate import PartialState
+
+from reward_pipeline.files import (
+    InputError,
+    check_files,
+    first_line,
+    json_lines,
+    replace_directory,
+    sole_writer,
+    write_checksums,
+    write_text,
+)
+from reward_pipeline.models import load_sft_model, quiet_transformers
 from reward_pipeline.processes import together
 
 CHECKPOINT_REMEDY = "delete this checkpoint, the one before it is used then, or start over by --fresh"
 LOCK = ".lock"  # in the output directory while a run writes there
-OUTPUT_FILES = {"metrics.json", "rewards.csv", "report.txt", "plots"}  # of an evaluation
+OUTPUT_FILES = {"metrics.json", "rewards.csv", "mistakes.md", "report.txt", "plots"}  # of an evaluation
 
 
 def changes(before: dict[str, Any], settings: dict[str, Any], ignored: set[str]) -> str:
@@ -51,12 +66,32 @@ def settings_text(settings: dict[str, Any]) -> str:
     return json.dumps(settings, indent=2, default=str) + "\n"
 
 
-def checkpoint_to_resume(checkpoints: Path, settings: dict[str, Any], ignored: set[str], fresh: bool) -> str | None:
-    """The last checkpoint of a run with these settings, after `prepare_checkpoints`; the same in all processes."""
+def checkpoint_to_resume(
+    checkpoints: Path,
+    settings: dict[str, Any],
+    ignored: set[str],
+    fresh: bool,
+    named: str | None = None,
+    fixed: Sequence[str] = (),
+) -> str | None:
+    """The checkpoint from which a run with these settings goes on, undamaged; the same in all processes.
+
+    Args:
+        checkpoints: where the run saves; prepared for it, see `prepare_checkpoints`.
+        ignored: names of settings that do not change the result.
+        named: a checkpoint that the user asked for instead of the last one; see `adopt_checkpoint`.
+        fixed: names of settings that the named checkpoint brings along.
+    """
 
     def choose() -> str | None:
+        if named:
+            adopt_checkpoint(Path(named), settings, checkpoints, ignored, fixed)
+            return named
         prepare_checkpoints(checkpoints, settings, ignored, fresh)
-        return last_checkpoint(checkpoints)
+        found = last_checkpoint(checkpoints)
+        if found:
+            check_files(found, CHECKPOINT_REMEDY)
+        return found
 
     return together(choose, first_alone=True)
 
@@ -76,8 +111,14 @@ def is_complete(checkpoint: Path) -> bool:
     return True
 
 
-def adopt_checkpoint(checkpoint: Path, settings: dict[str, Any], checkpoints: Path) -> None:
+def adopt_checkpoint(
+    checkpoint: Path, settings: dict[str, Any], checkpoints: Path, ignored: set[str], fixed: Sequence[str]
+) -> None:
     """Let a run with these settings, which saves into `checkpoints`, continue a checkpoint that the user named.
+
+    Args:
+        ignored: names of settings that may differ without making it another run.
+        fixed: names of settings that can not differ, besides base model and data: the checkpoint brings them along.
 
     Raises:
         InputError: not a complete checkpoint, of another model or other data, with another optimiser; or what is in
@@ -87,13 +128,13 @@ def adopt_checkpoint(checkpoint: Path, settings: dict[str, Any], checkpoints: Pa
         raise InputError(f"{checkpoint}: not a complete checkpoint; name a checkpoint-N directory")
     check_files(checkpoint, CHECKPOINT_REMEDY)
     before = read_settings(checkpoint.parent) or json.loads(settings_text(settings))
-    for name in ("base_model", "data_identity", *KEPT_BY_OPTIMIZER):
+    for name in ("base_model", "data_identity", *fixed):
         if before.get(name) != settings[name]:
             raise InputError(f"{checkpoint}: its {name} is {before.get(name)}, that of this run {settings[name]}")
     if checkpoint.parent.resolve() != checkpoints.resolve():
-        prepare_checkpoints(checkpoints, settings, IGNORED_ON_RESUME, fresh=False)
+        prepare_checkpoints(checkpoints, settings, ignored, fresh=False)
         return
-    if changed := changes(before, settings, IGNORED_ON_RESUME):
+    if changed := changes(before, settings, ignored):
         last = last_checkpoint(checkpoints) or checkpoints
         if Path(last).resolve() != checkpoint.resolve():
             raise InputError(
@@ -149,9 +190,32 @@ def held_output(output: Path) -> Iterator[None]:
     Raises:
         InputError: in all processes, when another run is writing there or the directory can not be written.
     """
-    with contextlib.ExitStack() as held:
-        together(lambda: held.enter_context(sole_writer(output, output / LOCK)), first_alone=True)
-        yield
+    made = not output.exists()
+    try:
+        with contextlib.ExitStack() as held:
+            together(lambda: held.enter_context(sole_writer(output, output / LOCK)), first_alone=True)
+            yield
+    finally:
+        if made:  # a run that was refused leaves nothing behind
+            with contextlib.suppress(OSError):
+                output.rmdir()
+
+
+@contextlib.contextmanager
+def staging_directory(output: Path) -> Iterator[Path]:
+    """Name a directory for results before they are published; whatever is in it goes when the block ends.
+
+    All processes enter it together; the first one clears up.
+    """
+    staging, first = output / ".new", PartialState().is_main_process
+    if first:
+        shutil.rmtree(staging, ignore_errors=True)  # of a run that was killed
+    PartialState().wait_for_everyone()
+    try:
+        yield staging
+    finally:
+        if first:
+            shutil.rmtree(staging, ignore_errors=True)
 
 
 def publish(staging: Path, output: Path) -> None:
@@ -178,3 +242,78 @@ def evaluation_directory(output: str | Path | None):
     if others:
         raise InputError(f"{output}: holds other files ({others[0]}) and would be replaced; choose another directory")
     return replace_directory(output, marker="rewards.csv")
+
+
+# --- REINFORCE, whose updates no trainer counts
+
+
+def save_policy_checkpoint(
+    checkpoints: Path,
+    step: int,
+    baseline: dict[str, float],
+    policy: Any,
+    optimizer: Any,
+    kept: int,
+) -> None:
+    """Policy, optimiser and the state of the baseline after an update in `checkpoint-N`; the latest ones are kept.
+
+    Random numbers need no saving; see `reinforce.step_seed`.
+    """
+    with replace_directory(checkpoints / f"checkpoint-{step}", marker="trainer_state.json") as target:
+        with quiet_transformers():
+            policy.save_pretrained(target)
+        torch.save(optimizer.state_dict(), target / "optimizer.pt")
+        write_text(target / "trainer_state.json", json.dumps({"step": step, "baseline": baseline}, indent=2) + "\n")
+        write_checksums(target)
+    saved = sorted(checkpoints.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
+    for old in saved[:-kept]:
+        shutil.rmtree(old)
+
+
+def load_policy_checkpoint(checkpoint: str | None, policy: Any, optimizer: Any) -> tuple[int, dict[str, float]]:
+    """Let policy and optimiser go on from a checkpoint; without one they stay as they are.
+
+    Returns:
+        The number of the last update, and the state of the baseline after it.
+
+    Raises:
+        InputError: the checkpoint is damaged.
+    """
+    if not checkpoint:
+        return 0, {}
+    path = Path(checkpoint)
+    policy.load_state_dict(load_sft_model(checkpoint).state_dict())
+    try:
+        optimizer.load_state_dict(torch.load(path / "optimizer.pt", weights_only=True, map_location="cpu"))
+        state = json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        return state["step"], state["baseline"]
+    except (OSError, RuntimeError, ValueError, KeyError, EOFError, pickle.UnpicklingError) as error:
+        raise InputError(f"{path}/optimizer.pt: damaged ({first_line(error)}); {CHECKPOINT_REMEDY}") from error
+
+
+def resume_log(checkpoints: Path, step: int, steps: int) -> list[dict[str, Any]]:
+    """The log of the updates up to the last checkpoint; what a killed run left of later ones is removed.
+
+    Args:
+        step: the last update that the checkpoint has.
+        steps: updates of the whole run; with fewer it may have been finished before, and is not any more.
+
+    Raises:
+        InputError: the log of these updates is not whole.
+    """
+    path = checkpoints / "metrics.jsonl"
+    log: list[dict[str, Any]] = []
+    if step:
+        try:
+            with path.open(encoding="utf-8") as file:
+                log = [json.loads(line) for line in itertools.islice(file, step)]
+        except (OSError, ValueError) as error:
+            raise InputError(f"{path}: damaged ({first_line(error)}); --fresh starts over") from error
+        if len(log) < step:
+            raise InputError(f"{path}: has {len(log)} updates, but the checkpoint has {step}; --fresh starts over")
+    write_text(path, json_lines(log))
+    for leftover in checkpoints.glob(".checkpoint-*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+    if step < steps:
+        (checkpoints / "finished").unlink(missing_ok=True)
+    return log

@@ -1,10 +1,19 @@
-"""Rows of any published schema become pairs in ours."""
+"""Rows of any published schema become pairs in ours: TRL's conversational preference format with explicit prompt.
+
+{
+    "prompt": [{"role": "user", "content": "Name a colour."}],
+    "chosen": [{"role": "assistant", "content": "Red."}],
+    "rejected": [{"role": "assistant", "content": "Seven."}],
+    "chosen_rating": 3.2, "rejected_rating": 0.4, "category": "",
+}
+"""
 
 import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from reward_pipeline.conversations import Messages, parse_prompt, response_text
+from reward_pipeline.settings import readable_text
 from reward_pipeline.sources import BadRow, Row
 
 ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")  # of a raw HelpSteer2 row
@@ -16,7 +25,7 @@ def join_raw_rows(rows: Iterable[Row]) -> Iterator[Row]:
     """Binarise raw HelpSteer2 rows; rows that are pairs already pass unchanged.
 
     Two consecutive rows with one prompt become a pair, rated by the mean of the five attributes (0-4, steps of 0.2);
-    the better one is the chosen one.
+    the better one is the chosen one. (HelpSteer2, arXiv 2406.08673, rates two answers to each prompt.)
     """
     waiting = None
     for row in rows:
@@ -38,7 +47,7 @@ def join_raw_rows(rows: Iterable[Row]) -> Iterator[Row]:
 def _same_prompt(first: Row, second: Row) -> bool:
     try:
         return first.values.get("prompt") == second.values.get("prompt")
-    except RecursionError:  # lists in lists in lists
+    except RecursionError:  # lists in lists in lists, which compare level by level
         return False
 
 
@@ -60,6 +69,7 @@ def _raw_pair(first: Row, second: Row) -> Row:
             "rejected": rejected.values["response"],
             "chosen_rating": chosen_rating,
             "rejected_rating": rejected_rating,
+            "category": category_of(first.values),
         },
     )
 
@@ -68,7 +78,8 @@ def check_pair(row: dict[str, Any]) -> dict[str, Any]:
     """One row in any published schema becomes a pair in ours.
 
     Returns:
-        `prompt` (messages), `chosen`, `rejected` (assistant text), `chosen_rating`, `rejected_rating` (float or None).
+        `prompt` (messages, the last one the user's), `chosen`, `rejected` (one assistant message each),
+        `chosen_rating`, `rejected_rating` (both floats, or both None), `category` (empty where unknown).
 
     Raises:
         BadRow: the row is unusable; the message says why.
@@ -88,7 +99,7 @@ def check_pair(row: dict[str, Any]) -> dict[str, Any]:
     if not messages[-1]["content"].strip():
         raise BadRow("empty prompt")
     chosen, rejected = (_checked_response(messages, row[side]) for side in ("chosen", "rejected"))
-    if chosen.strip() == rejected.strip():
+    if chosen.strip() == rejected.strip():  # the white space around an answer is trimmed when it is tokenised
         raise BadRow("chosen equals rejected")
     chosen_rating, rejected_rating = (_rating(row, side) for side in ("chosen", "rejected"))
     if chosen_rating is None or rejected_rating is None:
@@ -99,10 +110,11 @@ def check_pair(row: dict[str, Any]) -> dict[str, Any]:
         raise BadRow("rating says the rejected is better")
     return {
         "prompt": messages,
-        "chosen": chosen,
-        "rejected": rejected,
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": rejected}],
         "chosen_rating": chosen_rating,
         "rejected_rating": rejected_rating,
+        "category": category_of(row),
     }
 
 
@@ -113,7 +125,7 @@ def checked_pairs(rows: Iterable[Row]) -> Iterator[tuple[Row, dict[str, Any] | N
             yield row, None if row.problem else check_pair(row.values), row.problem
         except BadRow as error:
             yield row, None, str(error)
-        except RecursionError:
+        except RecursionError:  # what JSON lines and Parquet let through is as deep as their parsers go
             yield row, None, "nested too deeply"
 
 
@@ -121,7 +133,8 @@ def _checked_response(messages: Messages, completion: Any) -> str:
     try:
         text = response_text(completion)
         context = completion[:-1] if isinstance(completion, list) else []
-        agrees = not context or _contents(_unpacked(context)) == _contents(messages)
+        # A list may repeat the prompt (HelpSteer2_binarized does); an answer to another one is a mistake in the source.
+        agrees = not context or stripped_turns(_unpacked(context)) == stripped_turns(messages)
     except (TypeError, ValueError) as error:
         raise BadRow("response is not a text or message list") from error
     if not text.strip():
@@ -137,7 +150,8 @@ def _unpacked(prompt: str | list[dict[str, str]]) -> Messages:
     return parse_prompt(messages[0]["content"]) if len(messages) == 1 else messages
 
 
-def _contents(messages: Messages) -> list[tuple[str, str]]:
+def stripped_turns(messages: Messages) -> list[tuple[str, str]]:
+    """Role and text of each turn; two prompts are the same if these are."""
     return [(message["role"], message["content"].strip()) for message in messages]
 
 
@@ -148,8 +162,8 @@ def _rating(row: dict[str, Any], side: str) -> float | None:
 
 def _number(value: Any) -> float:
     try:
-        number = math.nan if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError, OverflowError):
+        number = math.nan if isinstance(value, bool) else float(value)  # True is no rating, though float takes it
+    except (TypeError, ValueError, OverflowError):  # the last one: an integer with more digits than a float has
         number = math.nan
     if not math.isfinite(number):
         raise BadRow("rating is not a number")
@@ -161,4 +175,4 @@ def category_of(row: dict[str, Any]) -> str:
     values = [row[column] for column in CATEGORY_COLUMNS if row.get(column) not in (None, "")]
     if not values or isinstance(values[0], list | dict) or values[0] != values[0]:  # NaN: an empty cell
         return ""
-    return str(values[0]).encode("utf-8", "replace").decode("utf-8")
+    return readable_text(str(values[0]))

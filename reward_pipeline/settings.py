@@ -74,6 +74,13 @@ def readable_text(text: str) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
+def filled_text(text: str) -> str:
+    """Text that names something, such as a file or a model: an empty one would mean the current directory."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("must not be empty")
+    return readable_text(text)
+
+
 seed = whole(0, 2**32 - 1)  # what NumPy, torch and `transformers` all take
 
 
@@ -128,7 +135,8 @@ class Parser(argparse.ArgumentParser):
             self.error(f"constant {constant} = {default!r}: {error}")
         if kind is boolean:
             options |= {"nargs": "?", "const": True}
-        shown = "" if default in (None, False, argparse.SUPPRESS) else f" (default: {default})".replace("%", "%%")
+        words = " ".join(map(str, default)) if isinstance(default, list | tuple) else default
+        shown = "" if default in (None, False, argparse.SUPPRESS) else f" (default: {words})".replace("%", "%%")
         options.setdefault(
             "metavar", "{" + ",".join(map(str, options["choices"])) + "}" if "choices" in options else "X"
         )
@@ -169,6 +177,8 @@ class Parser(argparse.ArgumentParser):
             flag = self._underscored(f"--{name}")
             if flag not in self._option_string_actions or name in ("config", "help"):
                 self.error(f"--config {path}: {name} is no flag; --help lists all")
+            if value is None and self._option_string_actions[flag].default is None:
+                continue  # `split: null` is no split named None
             values = value if isinstance(value, list) else [value]
             flags += [flag, *(json.dumps(each) if isinstance(each, dict) else str(each) for each in values)]
         return flags

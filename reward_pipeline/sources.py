@@ -1,8 +1,9 @@
-"""Files and repositories become rows."""
+"""Files and repositories become rows, read as streams: nothing here holds more than a batch in memory."""
 
 import codecs
 import csv
 import gzip
+import io
 import itertools
 import json
 import re
@@ -22,12 +23,14 @@ from reward_pipeline.hub import hub_reachable
 
 HUB_DATASET = "esfrankel17/HelpSteer2_binarized"  # hub id of the default source
 HUB_SPLIT = "average_rating_split"  # split of it; its siblings by --split
-SAMPLE_FILE = Path(__file__).parent / "sample_data" / "helpsteer_sample.jsonl"
+SAMPLE_FILE = Path(__file__).resolve().parents[1] / "sample_data" / "helpsteer_sample.jsonl"
 FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet")
 BATCH_SIZE = 1000  # rows per step, for reading and tokenising
-MAX_DEPTH = 100  # lists and objects in each other
+MAX_DEPTH = 100  # lists and objects in each other; what comes after the parser goes through them by recursion
 NOT_UTF8 = re.compile("[\udc80-\udcff]")  # as what bytes are decoded that are no UTF-8
 BROKEN_FILE = (OSError, EOFError, zlib.error, ijson.JSONError, pyarrow.ArrowException, UnicodeDecodeError, csv.Error)
+
+OpenFile = gzip.GzipFile | io.BufferedReader
 
 
 class BadRow(ValueError):
@@ -79,11 +82,16 @@ def open_source(name: str, split: str | None = None, streaming: bool = False) ->
         InputError: no such file, directory or hub dataset; unknown file type or split; hub out of reach.
     """
     path = SAMPLE_FILE if name == "sample" else Path(name)
+    if name == "sample" and not path.is_file():
+        raise InputError(
+            f"sample: {path} is missing; the sample comes with the project's directory: run the script there, or name "
+            "another --source"
+        )
     if path.is_file():
         origin = "sample pairs of this project" if name == "sample" else f"local file {name}"
         return Source(name, origin, read_file(path))
     if path.is_dir() and not (path / "README.md").is_file():
-        files = sorted(file for file in path.rglob("*") if file_type(file) in FILE_TYPES)
+        files = sorted(file for file in path.rglob("*") if file_type(file) in FILE_TYPES)  # one order everywhere
         if split:
             files = [file for file in files if file.name.startswith(split)]
         if not files:
@@ -104,6 +112,7 @@ def open_source(name: str, split: str | None = None, streaming: bool = False) ->
 def open_repository(name: str, origin: str, split: str | None, streaming: bool) -> Source:
     """Read a dataset repository with `datasets`: a hub id, or a local directory laid out like one."""
     try:
+        # Asked for once and named from then on: splits, rows and what is recorded are of one revision.
         revision = None if Path(name).is_dir() else HfApi().dataset_info(name).sha
         splits = get_dataset_split_names(name, revision=revision)
         split = pick_split(name, splits, split)
@@ -129,7 +138,7 @@ def raw_rows(dataset: Dataset, name: str) -> Iterator[Row]:
             for values in table.to_pylist():
                 number += 1
                 yield Row(f"{name} row {number}", values)
-    except Exception as error:  # as many types as `open_repository` meets
+    except Exception as error:  # a stream meets as many types as `open_repository`
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise InputError(f"{name}: can not be read to its end (after row {number}: {reason})") from error
 
@@ -170,8 +179,8 @@ def read_file(path: Path) -> Iterator[Row]:
         ) from error
 
 
-def read_json(file) -> Iterator[tuple[int, Any, str | None]]:
-    """JSON lines, or one array of objects."""
+def read_json(file: OpenFile) -> Iterator[tuple[int, Any, str | None]]:
+    """JSON lines, or one array of objects: the first character tells, the file's name does not."""
     start = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
     file.seek(start)
     first = file.read(1)
@@ -188,16 +197,20 @@ def read_json(file) -> Iterator[tuple[int, Any, str | None]]:
             yield number, json.loads(line.decode("utf-8")), None
         except UnicodeDecodeError:
             yield number, {}, "not valid UTF-8"
-        except (ValueError, RecursionError):
+        except (ValueError, RecursionError):  # the second one: a line of a hundred thousand brackets
             yield number, {}, "not valid JSON"
 
 
-def read_json_array(file) -> Iterator[tuple[int, Any, str | None]]:
-    """Items of one array. (Those of `ijson.items` would need memory quadratic in the depth of nesting.)"""
+def read_json_array(file: OpenFile) -> Iterator[tuple[int, Any, str | None]]:
+    """Items of one array, of any length: `json.load` would hold all of them in memory.
+
+    Not `ijson.items`, which needs memory quadratic in the depth of nesting: a megabyte of brackets asks for all there
+    is. Here what is deeper than `MAX_DEPTH` is walked through and not built; `deepest` remembers to refuse that item.
+    """
     number, depth = 0, 0
     for event, value in ijson.basic_parse(file, use_float=True):
         opens, closes = event.startswith("start_"), event.startswith("end_")
-        if depth == 0 or (depth == 1 and closes):  # of the array itself
+        if depth == 0 or (depth == 1 and closes):  # the brackets of the array itself
             depth += opens - closes
             continue
         if depth == 1:
@@ -212,8 +225,10 @@ def read_json_array(file) -> Iterator[tuple[int, Any, str | None]]:
             yield (number, item.value, None) if deepest <= MAX_DEPTH else (number, {}, "nested too deeply")
 
 
-def read_csv(file) -> Iterator[tuple[int, Any, str | None]]:
-    csv.field_size_limit(2**31 - 1)
+def read_csv(file: OpenFile) -> Iterator[tuple[int, Any, str | None]]:
+    """Rows of a CSV file whose first row that is not blank names the columns; all rows count, blank ones too."""
+    csv.field_size_limit(2**31 - 1)  # by default 131,072 characters, and dialogues are longer
+    # Bytes that are no UTF-8 are let through as surrogates here, so that they cost their row and not the file.
     lines = (line.decode("utf-8-sig", "surrogateescape") for line in file)
     reader = csv.reader(lines)
     header = next((cells for cells in reader if cells), [])
@@ -224,8 +239,8 @@ def read_csv(file) -> Iterator[tuple[int, Any, str | None]]:
         raise InputError(f"{file.name} row {first}: has one column, {header[0]!r}; cells must be separated by commas")
     if twice := [column for column, count in Counter(header).items() if column and count > 1]:
         raise InputError(f"{file.name} row {first}: has two columns {twice[0]!r}; rename one of them")
-    # Not `DictReader`, which passes over blank lines without counting them, and `strict`: a quote that is never closed
-    # would make one cell of the rest of the file.
+    # Not `DictReader`, which passes over blank lines without counting them, and of two columns with one name keeps the
+    # last one. `strict`, since a quote that is never closed would make one cell of the rest of the file, in silence.
     for number, cells in enumerate(csv.reader(lines, strict=True), start=first + 1):
         if not cells:
             continue
@@ -250,7 +265,8 @@ def parse_cell(value: Any) -> Any:
         raise BadRow("message list is not valid JSON") from error
 
 
-def read_parquet(file) -> Iterator[tuple[int, Any, str | None]]:
+def read_parquet(file: OpenFile) -> Iterator[tuple[int, Any, str | None]]:
+    """Rows of a Parquet file, batch by batch."""
     number = 0
     for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=BATCH_SIZE):
         for row in batch.to_pylist():

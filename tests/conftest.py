@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -65,6 +66,7 @@ def save_reward_model(directory, base: str, tokenizer, head_std: float, max_leng
     with torch.no_grad():
         model.score.weight.normal_(std=head_std)
     model.config.reward_max_length = max_length
+    model.config.reward_format = models.REWARD_FORMAT
     model.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return str(directory)
@@ -188,28 +190,39 @@ def torchrun(processes: int, script: str | Path, *arguments, fails: bool = False
     return done
 
 
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory, tiny_model) -> Path:
+    """A small processed dataset, not to be changed: 32 training and 8 validation pairs, at most 64 tokens."""
+    directory = tmp_path_factory.mktemp("prepared")
+    source = directory / "easy.jsonl"
+    source.write_text("".join(json.dumps(pair) + "\n" for pair in make_pairs(40)))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        run_main(
+            "load_helpsteer_dataset", monkeypatch, "--source", source, "--model", tiny_model,
+            "--output", directory / "processed", "--max_length", "64",
+        )  # fmt: skip
+    return directory / "processed"
+
+
 @pytest.fixture
-def processed(tmp_path, monkeypatch, write_jsonl, tiny_model) -> str:
-    """A small processed dataset: 32 training and 8 validation pairs."""
-    output = tmp_path / "processed"
-    source = write_jsonl(make_pairs(40), "easy.jsonl")
-    run_main(
-        "load_helpsteer_dataset", monkeypatch, "--source", source, "--model", tiny_model, "--output", output,
-        "--max_length", "64",
-    )  # fmt: skip
-    return str(output)
+def processed(tmp_path, prepared) -> str:
+    """A copy of `prepared` for this test alone."""
+    return str(shutil.copytree(prepared, tmp_path / "processed"))
 
 
 @pytest.fixture
 def train(monkeypatch, processed, tiny_model, tmp_path):
     """Call the training script on the small dataset; returns the output directory."""
 
-    def call(*arguments, output="reward"):
+    def arguments(directory, *more) -> list[str]:
+        common = ["--model", tiny_model, "--output_dir", directory, "--bf16", "false", "--disable_tqdm", "true"]
+        data = [] if "--streaming" in more or "--data" in more else ["--data", processed]
+        return [str(each) for each in (*common, *data, *more)]
+
+    def call(*more, output="reward"):
         directory = tmp_path / output
-        run_main(
-            "train_reward_model", monkeypatch, "--model", tiny_model, "--data", processed,
-            "--output_dir", directory, "--bf16", "false", "--disable_tqdm", "true", *arguments,
-        )  # fmt: skip
+        run_main("train_reward_model", monkeypatch, *arguments(directory, *more))
         return directory
 
+    call.arguments = arguments
     return call

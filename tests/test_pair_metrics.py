@@ -1,0 +1,226 @@
+import math
+
+import numpy as np
+import pytest
+from conftest import make_pairs
+from datasets import Dataset
+from scipy.stats import spearmanr
+from sklearn.calibration import calibration_curve
+from sklearn.metrics import brier_score_loss
+
+from reward_pipeline import pair_metrics as pm
+from reward_pipeline.evaluator import RewardModelEvaluator
+from reward_pipeline.statistics import rate_interval, wins
+
+
+def scored(chosen, rejected, /, **columns) -> pm.Columns:
+    """Columns of N scored pairs; what a test does not care about is filled in."""
+    n = len(chosen)
+    filled = {
+        "pairs": ["file"] * n,
+        "place": [f"row {number}" for number in range(n)],
+        "prompt": [f"question {number}" for number in range(n)],
+        "chosen": [f"good {number}" for number in range(n)],
+        "rejected": [f"bad {number}" for number in range(n)],
+        "prompt_key": list(range(n)),
+        "chosen_length": [10] * n,
+        "rejected_length": [5] * n,
+        "chosen_rating": [math.nan] * n,
+        "rejected_rating": [math.nan] * n,
+        "rating_gap": [math.nan] * n,
+        "category": [""] * n,
+        "prompt_cut": [False] * n,
+        "response_cut": [False] * n,
+        **columns,
+    }
+    rewards = {"chosen_reward": np.array(chosen, float), "rejected_reward": np.array(rejected, float)}
+    return {name: np.array(values) for name, values in filled.items()} | rewards
+
+
+def random_columns(n: int = 400, seed: int = 0) -> pm.Columns:
+    generator = np.random.default_rng(seed)
+    return scored(
+        generator.normal(0.4, 1, n),
+        generator.normal(0, 1, n),
+        chosen_length=generator.integers(1, 500, n),
+        rejected_length=generator.integers(1, 500, n),
+        prompt_key=generator.integers(0, 150, n),
+        rating_gap=generator.choice([0.2, 0.6, 1.4], n),
+        category=generator.choice(["code", "maths", ""], n),
+    )
+
+
+@pytest.fixture(scope="module")
+def drawn():
+    """Random columns with their metrics; tests leave both as they are."""
+    columns = random_columns()
+    return columns, pm.pair_metrics(columns)
+
+
+def test_metrics_by_hand():
+    metrics = pm.pair_metrics(
+        scored(
+            [2.0, 1.0, 0.0, 3.0],
+            [1.0, 1.0, 1.0, -1.0],
+            chosen_length=[8, 1, 1, 4],
+            rejected_length=[5, 2, 3, 4],
+            prompt_key=[7, 7, 8, 9],
+            prompt_cut=[True, False, False, False],
+            response_cut=[True, True, False, True],
+        )
+    )
+    assert (metrics["n"], metrics["prompts"], metrics["ties"]) == (4, 3, 1)
+    assert metrics["accuracy"] == 0.625  # right, tie, wrong, right
+    assert metrics["longer_wins"] == 0.375  # right, wrong, wrong, equal
+    assert metrics["gain_over_longer_wins"] == 0.25
+    assert (metrics["shorter_chosen_n"], metrics["shorter_chosen_accuracy"]) == (2, 0.25)
+    assert metrics["shorter_chosen_interval"] == rate_interval(np.array([0.5, 0.0]), [7, 8])
+    assert metrics["mean_margin"] == 1.0
+    assert metrics["reward_mean"] == 1.0
+    assert metrics["reward_std"] == pytest.approx(np.sqrt((1 + 0 + 1 + 4 + 0 + 0 + 0 + 4) / 8))
+    probability = [1 / (1 + math.exp(-margin)) for margin in (1, 0, -1, 4)]
+    assert metrics["brier"] == pytest.approx(sum((1 - p) ** 2 for p in probability) / 4)
+    assert metrics["cut_share"] == {"prompt": 0.25, "response": 0.75}
+
+
+def test_what_is_not_known_has_no_figure():
+    metrics = pm.pair_metrics(scored([1.0], [0.0]))
+    assert (metrics["shorter_chosen_n"], metrics["shorter_chosen_accuracy"]) == (0, None)
+    assert metrics["accuracy_interval"] is metrics["shorter_chosen_interval"] is None  # one prompt has no spread
+    assert metrics["spearman_reward_length"] == pytest.approx(1)
+    assert metrics["spearman_margin_length"] is None  # one pair has no ranks
+    assert "1.000 (95 % interval –, n = 1; longer wins: 1.000)" in pm.metrics_line(metrics)
+
+
+def test_calibration_error_by_hand():
+    def logit(p):
+        return math.log(p / (1 - p))
+
+    # Confidence 0.62 twice, one of them right; 0.97 once, right; a tie at 0.5.
+    bins = pm.reliability(np.array([logit(0.62), -logit(0.62), logit(0.97), 0.0]), np.array([1, 2, 1, 3]))
+    assert [each["n"] for each in bins] == [1, 2, 1]
+    assert [each["confidence"] for each in bins] == pytest.approx([0.5, 0.62, 0.97])
+    assert [each["accuracy"] for each in bins] == [0.5, 0.5, 1.0]
+    assert [each["accuracy_interval"] is None for each in bins] == [True, False, True]
+    assert pm.calibration_error(bins) == pytest.approx((0 + 2 * 0.12 + 0.03) / 4)
+
+
+def test_the_highest_confidence_has_a_bin():
+    (only,) = pm.reliability(np.array([800.0, -800.0]), np.array([1, 2]))
+    assert (only["n"], only["confidence"], only["accuracy"]) == (2, 1.0, 0.5)
+
+
+def test_calibration_agrees_with_scikit_learn(drawn):
+    columns, metrics = drawn
+    margins = columns["chosen_reward"] - columns["rejected_reward"]
+    probability = 1 / (1 + np.exp(-margins))
+    # sklearn needs both classes: mirror every pair. Its bins are those of [0, 1], ours those of the upper half.
+    labels, mirrored = np.repeat([1, 0], len(margins)), np.concatenate([probability, 1 - probability])
+    assert metrics["brier"] == pytest.approx(brier_score_loss(labels, mirrored))
+    share, confidence = calibration_curve(labels, mirrored, n_bins=2 * pm.CONFIDENCE_BINS)
+    upper = confidence > 0.5
+    assert [each["accuracy"] for each in metrics["reliability"]] == pytest.approx(share[upper])
+    assert [each["confidence"] for each in metrics["reliability"]] == pytest.approx(confidence[upper])
+
+
+def test_rank_correlations_agree_with_scipy(drawn):
+    columns, metrics = drawn
+    rewards = [*columns["chosen_reward"], *columns["rejected_reward"]]
+    lengths = [*columns["chosen_length"], *columns["rejected_length"]]
+    assert metrics["spearman_reward_length"] == pytest.approx(spearmanr(rewards, lengths).statistic)
+    margins = columns["chosen_reward"] - columns["rejected_reward"]
+    extra = columns["chosen_length"] - columns["rejected_length"]
+    assert metrics["spearman_margin_length"] == pytest.approx(spearmanr(margins, extra).statistic)
+
+
+def test_intervals_hold_their_estimates_and_repeated_pairs_do_not_narrow_them(drawn):
+    columns, metrics = drawn
+    low, high = metrics["gain_over_longer_wins_interval"]
+    assert low < metrics["gain_over_longer_wins"] < high
+    # Every pair ten times under the same prompt: n is larger, what is known is not.
+    again = pm.pair_metrics(pm.join_columns([columns] * 10))
+    assert again["n"] == 4000 and again["accuracy"] == pytest.approx(metrics["accuracy"])
+    for key in ("accuracy_interval", "shorter_chosen_interval", "gain_over_longer_wins_interval"):
+        assert again[key] == pytest.approx(metrics[key], rel=1e-6), key
+    for one, other in zip(again["by_category"], metrics["by_category"], strict=True):
+        assert one["accuracy_interval"] == pytest.approx(other["accuracy_interval"], rel=1e-6)
+
+
+def test_groups_hold_every_pair_once(drawn):
+    columns, metrics = drawn
+    right = wins(columns["chosen_reward"], columns["rejected_reward"])
+    assert [each["group"] for each in metrics["by_category"]] == ["code", "maths"]
+    for each in metrics["by_category"]:
+        inside = columns["category"] == each["group"]
+        assert (each["n"], each["accuracy"]) == (inside.sum(), pytest.approx(right[inside].mean()))
+        assert each["accuracy_interval"] == rate_interval(right[inside], columns["prompt_key"][inside])
+    for key in ("by_length", "by_rating_gap"):
+        assert sum(each["n"] for each in metrics[key]) == 400
+        assert sum(each["n"] * each["accuracy"] for each in metrics[key]) == pytest.approx(right.sum())
+    longest = np.maximum(columns["chosen_length"], columns["rejected_length"])
+    assert [each["n"] for each in metrics["by_length"]] == pytest.approx([100] * 4, abs=3)
+    assert metrics["by_length"][-1]["group"].endswith(f" to {longest.max()}")
+
+
+def test_groups_by_hand():
+    group, names = pm.quantile_groups(np.array([1, 2, 3, 4, 5]), 2)
+    assert (group.tolist(), names) == ([0, 0, 0, 1, 1], ["1 to 3", "3 to 5"])
+    group, names = pm.quantile_groups(np.array([0.2, 0.4, 3.4 - 3.2, 1.0 - 0.6]), 2)  # equal but for rounding
+    assert (group.tolist(), names) == ([0, 1, 0, 1], ["0.2 to 0.3", "0.3 to 0.4"])
+    group, names = pm.quantile_groups(np.array([100.0, 100, 100, 250]), 4)  # equal edges are one
+    assert (group.tolist(), names) == ([0, 0, 0, 1], ["100 to 138", "138 to 250"])
+    group, names = pm.quantile_groups(np.array([2.0, 2.0]), 4)
+    assert (group.tolist(), names) == ([0, 0], ["2"])
+
+
+def test_pairs_without_ratings_or_categories_have_no_such_groups():
+    metrics = pm.pair_metrics(scored([1.0, 0.0], [0.0, 1.0], rating_gap=[math.nan, 0.5]))
+    assert metrics["by_category"] == []
+    assert [(each["n"], each["accuracy"]) for each in metrics["by_rating_gap"]] == [(1, 0.0)]
+
+
+def user(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def assistant(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
+
+
+def test_prompts_are_shown_as_people_read_them():
+    assert pm.prompt_text(user("Why?")) == "Why?"
+    turns = [{"role": "system", "content": "Be brief."}, *user("Why?"), *assistant("So."), *user("How?")]
+    assert pm.prompt_text(turns) == "System: Be brief.\n\nUser: Why?\n\nAssistant: So.\n\nUser: How?"
+
+
+def test_scored_pairs_carry_their_texts_rewards_and_cuts(tiny_reward_model):
+    pairs = [{**pair, "prompt": user(pair["prompt"])} for pair in make_pairs(3)]
+    pairs[1]["rejected"] = "no " * 500  # of 128 tokens
+    pairs[2]["prompt"] = [*user("Hi"), *assistant("Hello"), *user("why " * 500)]
+    rows = [
+        {
+            **pair,
+            **{side: assistant(pair[side]) for side in ("chosen", "rejected")},
+            **{"chosen_rating": 3.5, "rejected_rating": 1.0, "place": f"row {number}", "category": "numbers"},
+        }
+        for number, pair in enumerate(pairs)
+    ]
+    evaluator = RewardModelEvaluator(tiny_reward_model)
+    columns, margins = pm.score_pairs(evaluator, Dataset.from_list(rows), "file")
+    assert columns["chosen"].tolist() == [pair["chosen"] for pair in pairs]
+    assert columns["prompt"][0] == pairs[0]["prompt"][0]["content"]
+    assert columns["prompt"][2].startswith("User: Hi\n\nAssistant: Hello\n\nUser: why why")
+    assert columns["rating_gap"].tolist() == [2.5] * 3
+    assert (columns["prompt_cut"].tolist(), columns["response_cut"].tolist()) == (
+        [False, False, True],
+        [False, True, False],
+    )
+    for number, pair in enumerate(pairs):
+        for side in ("chosen", "rejected"):
+            score = evaluator.get_reward_score(pair["prompt"], pair[side])
+            assert columns[f"{side}_reward"][number] == pytest.approx(score, abs=1e-5)
+    assert margins.tolist() == [(columns["chosen_reward"] - columns["rejected_reward"]).tolist()]
+    together = pm.score_together(evaluator, Dataset.from_list(rows), "file")
+    assert {name: each.tolist() for name, each in together.items()} == {
+        name: each.tolist() for name, each in columns.items()
+    }

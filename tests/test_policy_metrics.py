@@ -1,0 +1,127 @@
+"""Answers before and after become figures."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import save_reward_model
+
+from reward_pipeline import policy_metrics
+from reward_pipeline.conversations import encode
+from reward_pipeline.files import InputError
+from reward_pipeline.rollouts import Answers, PolicyPrompt
+
+
+def test_distinct_and_repetition_by_hand():
+    texts = ["a b c a b c", "a b c", "x y"]  # 3-grams: abc bca cab abc | abc | none
+    assert policy_metrics.distinct(texts) == 3 / 5
+    assert policy_metrics.repetition(texts) == pytest.approx((1 / 4 + 0) / 2)
+    assert policy_metrics.distinct(["a b"]) == 1.0 and policy_metrics.repetition(["a b"]) == 0.0
+
+
+def test_both_sides_are_cut_to_the_words_of_the_shorter_one():
+    cut = policy_metrics.cut_to_equal_words(["a b  c", "d"], ["e f", "g h"])
+    assert cut == (["a b", "d"], ["e f", "g"])
+
+
+def answers(texts: list[str], lengths: list[int], ended: list[bool], kl: list[float]) -> Answers:
+    return Answers(texts, np.array(lengths), np.array(ended), np.array(kl))
+
+
+PROMPTS = [PolicyPrompt([{"role": "user", "content": text}], [1], text) for text in ("p", "q", "r", "s")]
+BEFORE = answers(["a b c", "a b c", "d", ""], [4, 4, 2, 2], [True, True, False, True], [0, 0, 0, 0])
+AFTER = answers(["a b c a b c", "x y z", "d e", "f"], [7, 4, 3, 4], [True, True, True, True], [1, 2, 3, 4])
+
+
+class WordCountingJudge:
+    """Reward: the number of words, times a factor."""
+
+    def __init__(self, factor: float):
+        self.factor = factor
+
+    def get_reward_scores(self, prompts, responses, progress):
+        assert [prompt[-1]["content"] for prompt in prompts] == ["p", "q", "r", "s"] * 2
+        return [self.factor * len(text.split()) for text in responses]
+
+
+def test_the_comparison_by_a_judge_by_hand():
+    judged = policy_metrics.compare_answers(WordCountingJudge(2.0), PROMPTS, BEFORE, AFTER)
+    assert judged["rewards_before"].tolist() == [6, 6, 2, 0] and judged["rewards_after"].tolist() == [12, 6, 4, 2]
+    assert (judged["reward_before"], judged["reward_after"], judged["reward_gain"]) == (3.5, 6.0, 2.5)
+    assert judged["win_rate"] == (1 + 0.5 + 1 + 1) / 4
+    for figure in ("reward_gain", "win_rate"):
+        low, high = judged[f"{figure}_interval"]
+        assert low < judged[figure] < high
+    assert 0.05 < judged["wilcoxon_p"] < 1  # four prompts can not be more significant than 1 in 8
+
+
+def test_the_evaluation_by_hand():
+    judged, second = (
+        policy_metrics.compare_answers(WordCountingJudge(factor), PROMPTS, BEFORE, AFTER) for factor in (2.0, -1.0)
+    )
+    results = policy_metrics.evaluation(BEFORE, AFTER, judged, second)
+    assert results["n"] == 4
+    assert results["reward_gain"] == 2.5 and results["second_judge_reward_gain"] == -1.25
+    assert results["second_judge_win_rate"] == 1 - results["win_rate"]
+    assert (results["length_before"], results["length_after"], results["length_ratio"]) == (3.0, 4.5, 1.5)
+    assert (results["ended_before"], results["ended_after"], results["kl"]) == (0.75, 1.0, 2.5)
+    # Cut to equal length: before abc abc, after abc xyz.
+    assert (results["distinct3_before"], results["distinct3_after"], results["distinct3_ratio"]) == (0.5, 1.0, 2.0)
+    assert (results["repetition_before"], results["repetition_after"]) == (0.0, pytest.approx((1 / 4 + 0) / 2))
+    alone = policy_metrics.evaluation(BEFORE, AFTER, judged, None)
+    assert alone.keys() == results.keys()
+    assert {value for name, value in alone.items() if name.startswith("second_judge")} == {None}
+
+    rows = policy_metrics.sample_rows(PROMPTS, BEFORE, AFTER, judged, second)
+    assert rows[0] == {
+        "prompt": PROMPTS[0].messages, "before": "a b c", "after": "a b c a b c", "reward_before": 6.0,
+        "reward_after": 12.0, "second_judge_before": -3.0, "second_judge_after": -6.0,
+    }  # fmt: skip
+    assert "second_judge_before" not in policy_metrics.sample_rows(PROMPTS, BEFORE, AFTER, judged, None)[0]
+
+
+def test_p_values_keep_their_digits():
+    results = {"wilcoxon_p": 1.23456e-9, "second_judge_wilcoxon_p": None, "win_rate": 0.123456}
+    rounded = {"wilcoxon_p": 1.23e-9, "second_judge_wilcoxon_p": None, "win_rate": 0.1235}
+    assert policy_metrics.rounded_evaluation(results) == rounded
+
+
+# --- judges ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def judge(tmp_path_factory, tiny_model, tokenizer) -> Path:
+    """A judge of 64 tokens."""
+    directory = Path(save_reward_model(tmp_path_factory.mktemp("judge"), tiny_model, tokenizer, 0.3, 64))
+    change_config(directory, reward_mean=1.5, reward_std=0.25)
+    return directory
+
+
+def change_config(directory: Path, **changes) -> None:
+    config = json.loads((directory / "config.json").read_text()) | changes
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+def load(path: Path, prompt: int, completion: int):
+    return policy_metrics.load_judge("reward_model", str(path), PROMPTS, prompt, completion, torch.device("cpu"))
+
+
+def test_a_judge_reads_whole_prompts_and_completions(judge, tokenizer):
+    """What closes a completion, here its end token, takes room too; a prompt of over half of the room is not cut."""
+    assert len(encode(tokenizer, "Hi", "Yes", 64)) == len(encode(tokenizer, "Hi", "", 64)) + 1
+    loaded = load(judge, 48, 15)
+    assert policy_metrics.judge_identity(loaded) == {"reward_mean": 1.5, "reward_std": 0.25, "reward_max_length": 64}
+    with pytest.raises(InputError, match=r"--reward_model .*: reads 64 tokens, but prompts of 48 .* have 65; lower"):
+        load(judge, 48, 16)
+
+
+def test_a_judge_of_an_earlier_version_reads_prompts_of_half_its_room(judge):
+    change_config(judge, reward_format=1)
+    try:
+        load(judge, 32, 31)
+        with pytest.raises(InputError, match="reads 64 tokens, 32 of them of the prompt, but prompts of 33"):
+            load(judge, 33, 5)
+    finally:
+        change_config(judge, reward_format=2)

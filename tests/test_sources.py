@@ -1,0 +1,334 @@
+import csv
+import gzip
+import json
+import sys
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from datasets import Dataset, Features, Image, Value
+from hypothesis import given
+from hypothesis import strategies as st
+
+from reward_pipeline import sources
+from reward_pipeline.conversations import response_text
+from reward_pipeline.files import InputError
+from reward_pipeline.form import longer_wins
+from reward_pipeline.schemas import check_pair, checked_pairs
+
+USER = {"role": "user", "content": "Name a colour."}
+PAIR = {"prompt": "Name a colour.", "chosen": "Red.", "rejected": "Seven."}
+HUB_PAIR = {
+    "prompt": "Name a colour.",
+    "chosen": [USER, {"role": "assistant", "content": "Red."}],
+    "chosen_rating": 3.2,
+    "rejected": [USER, {"role": "assistant", "content": "Seven."}],
+    "rejected_rating": 0.4,
+}
+
+
+def rows_of(path, split=None):
+    return [row.values for row in sources.open_source(str(path), split).rows]
+
+
+def write_csv(path, rows, opener=open):
+    with opener(path, "wt", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def test_all_file_types_give_the_same_rows(tmp_path):
+    rows = [{**PAIR, "chosen": 'Red,\n"deep" ё'}, {**PAIR, "prompt": "Another\nprompt"}]
+    lines = "".join(json.dumps(row) + "\n\n" for row in rows)
+    (tmp_path / "a.jsonl").write_text(lines, encoding="utf-8-sig")
+    (tmp_path / "b.json").write_text("\n " + json.dumps(rows, indent=1), encoding="utf-8-sig")
+    (tmp_path / "c.json").write_text(lines)
+    write_csv(tmp_path / "d.csv", rows)
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "e.parquet")
+    for name in ("a.jsonl", "b.json", "d.csv", "e.parquet"):
+        (tmp_path / f"{name}.gz").write_bytes(gzip.compress((tmp_path / name).read_bytes()))
+    files = sorted(tmp_path.iterdir())
+    assert len(files) == 9
+    for path in files:
+        assert rows_of(path) == rows, path
+    assert rows_of(tmp_path) == rows * 9
+
+
+def test_csv_rows_are_counted_with_blank_lines_and_keep_their_cells(tmp_path):
+    path = tmp_path / "a.csv"
+    path.write_text('prompt,chosen,rejected\nA,B,C\n\n\nD,,F\nG,"H, i",J,,\nK,L,M,N\nO,P\n')
+    pairs = [(row.location, pair, reason) for row, pair, reason in checked_pairs(sources.open_source(str(path)).rows)]
+    assert [(place.split(" row ")[1], reason) for place, _, reason in pairs] == [
+        ("2", None),
+        ("5", "empty response"),
+        ("6", None),
+        ("7", "more cells than columns; text with commas needs quotes"),
+        ("8", "null"),
+    ]
+    assert [response_text(pair["chosen"]) for _, pair, _ in pairs if pair] == ["B", "H, i"]
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ('prompt,chosen,rejected\nA,B,C\nD,"E is unclosed,F\nG,H,I\nJ,K,L\n', r"after row 2: .*end of data"),
+        ('prompt,chosen,rejected\nA,B,C\nD,"E is unclosed,F\nG,"H",I\n', r"after row 2: "),
+        ("prompt,chosen,chosen,note,note\nA,B,C\n", "row 1: has two columns 'chosen'"),
+    ],
+)
+def test_a_csv_file_that_would_lose_rows_or_cells_is_refused(tmp_path, text, message):
+    path = tmp_path / "a.csv"
+    path.write_text(text)
+    with pytest.raises(InputError, match=rf"a\.csv.*{message}"):
+        list(sources.open_source(str(path)).rows)
+
+
+def test_a_file_has_no_split(tmp_path):
+    (tmp_path / "a.csv").write_text("prompt,chosen,rejected\n")
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "test.jsonl").write_text("")
+    file, directory = str(tmp_path / "a.csv"), str(tmp_path / "data")
+    for names in (["sample"], ["sample", file]):
+        with pytest.raises(InputError, match="files have no splits; leave --split test out"):
+            sources.open_sources(names, "test")
+    assert len(sources.open_sources([file, directory], "test")) == 2
+
+
+def test_csv_cells_may_hold_message_lists(tmp_path):
+    cells = {side: json.dumps(HUB_PAIR[side]) for side in ("chosen", "rejected")}
+    write_csv(tmp_path / "a.csv", [{**HUB_PAIR, **cells}, {**HUB_PAIR, **cells, "chosen": '[{"role": "user", }]'}])
+    good, bad = sources.open_source(str(tmp_path / "a.csv")).rows
+    assert response_text(check_pair(good.values)["chosen"]) == "Red."
+    assert bad.problem == "message list is not valid JSON"
+
+
+def test_locations_name_file_and_row(tmp_path):
+    path = tmp_path / "x.jsonl"
+    path.write_bytes(json.dumps(PAIR).encode() + b"\n\n{broken\n\xff\xfe\n[1]\n" + b"[" * 100_000 + b"\n")
+    rows = [(row.location, row.problem) for row in sources.open_source(str(path)).rows]
+    assert rows == [
+        (f"{path} row 1", None),
+        (f"{path} row 3", "not valid JSON"),
+        (f"{path} row 4", "not valid UTF-8"),
+        (f"{path} row 5", "not an object with named columns"),
+        (f"{path} row 6", "not valid JSON"),
+    ]
+
+
+def hub_layout(directory: Path, splits: dict[str, list[dict]]) -> str:
+    """A dataset repository as the hub stores it: Parquet files, and a README whose metadata names the splits."""
+    (directory / "data").mkdir(parents=True)
+    entries = []
+    for name, rows in splits.items():
+        file = f"data/{name}-00000-of-00001.parquet"
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), directory / file)
+        entries.append(f"  - split: {name}\n    path: data/{name}-*")
+    metadata = "configs:\n- config_name: default\n  data_files:\n" + "\n".join(entries)
+    (directory / "README.md").write_text(f"---\n{metadata}\n---\n# A dataset\n")
+    return str(directory)
+
+
+def test_hub_layout_with_its_splits(tmp_path):
+    other = {**HUB_PAIR, "prompt": "other"}
+    path = hub_layout(tmp_path / "repo", {"helpfulness_split": [other], "average_rating_split": [HUB_PAIR]})
+    assert [row["prompt"] for row in rows_of(path)] == ["Name a colour."]
+    assert [row["prompt"] for row in rows_of(path, "helpfulness_split")] == ["other"]
+    assert [row.values["prompt"] for row in sources.open_source(path, "helpfulness_split", True).rows] == ["other"]
+    with pytest.raises(InputError, match="choose one of its splits"):
+        sources.open_source(path, "no_such_split")
+
+
+def test_the_hub_is_asked_for_the_default_split(tmp_path, monkeypatch):
+    """The hub's path, with its layout served from a local directory."""
+    path = hub_layout(
+        tmp_path / "repo", {"average_rating_split": [HUB_PAIR], "train": [{**HUB_PAIR, "prompt": "other"}]}
+    )
+    real_load, real_names = sources.load_dataset, sources.get_dataset_split_names
+    asked = []
+
+    def serve(name, revision, **options):
+        asked.append((name, revision, options.get("split")))
+        return (real_load if options else real_names)(path, **options)
+
+    class Api:
+        def dataset_info(self, name):
+            return type("Info", (), {"sha": "abc"})
+
+    monkeypatch.setattr(sources, "HfApi", Api)
+    monkeypatch.setattr(sources, "load_dataset", serve)
+    monkeypatch.setattr(sources, "get_dataset_split_names", serve)
+    monkeypatch.setattr(sources, "hub_reachable", lambda: True)
+    (source,) = sources.open_sources(None, None)
+    assert [response_text(check_pair(row.values)["chosen"]) for row in source.rows] == ["Red."]
+    assert asked == [(sources.HUB_DATASET, "abc", None), (sources.HUB_DATASET, "abc", "average_rating_split")]
+    assert source.origin == "hub esfrankel17/HelpSteer2_binarized, average_rating_split, revision abc"
+
+
+def test_without_network_the_sample_is_used_and_said(capsys):
+    (source,) = sources.open_sources(None, None)
+    assert source.name == "sample"
+    assert "hub can not be reached" in capsys.readouterr().out
+
+
+def test_a_package_without_the_sample_says_so(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "SAMPLE_FILE", tmp_path / "sample_data" / "helpsteer_sample.jsonl")
+    for names in (["sample"], None):
+        with pytest.raises(InputError, match=r"sample: .* is missing; .*the project's directory.*--source$"):
+            sources.open_sources(names, None)
+
+
+@pytest.mark.parametrize("name", ["hub", "nvidia/HelpSteer2"])
+def test_a_named_hub_source_out_of_reach_is_an_error(name):
+    with pytest.raises(InputError, match="can not be reached"):
+        sources.open_sources([name], None)
+
+
+def flipped(content: bytes) -> bytes:
+    """The bytes with some in the middle inverted."""
+    middle = len(content) // 2
+    return content[:middle] + bytes(byte ^ 0xFF for byte in content[middle : middle + 8]) + content[middle + 8 :]
+
+
+@pytest.mark.parametrize(
+    "name, content, message",
+    [
+        ("x.txt", b"text", "unknown file type"),
+        ("x.parquet", b"not parquet", "can not be read to its end"),
+        ("x.jsonl.gz", b"not gzip", "can not be read to its end"),
+        ("x.jsonl.gz", gzip.compress(json.dumps(PAIR).encode() * 1000)[:-20], "can not be read to its end"),
+        ("x.jsonl.gz", flipped(gzip.compress(json.dumps(PAIR).encode() * 1000)), "can not be read to its end"),
+        ("x.json", b'[{"prompt": "a"}, {"pro', "can not be read to its end"),
+        ("x.json", b'[{"prompt": "a"}, {"prompt": "\xff"}]', r"can not be read to its end \(after row 1"),
+        ("x.csv", "prompt,chosen,rejecté\n".encode("latin-1"), "row 1: not valid UTF-8; convert the file"),
+        ("x.csv", "prompt,chosen,rejected\n".encode("utf-16"), "row 1: not valid UTF-8; convert the file"),
+        ("x.csv", b'"prompt";"chosen";"rejected"\n', "row 1: has one column, .*; cells must be separated by commas"),
+    ],
+)
+def test_broken_files_are_named(tmp_path, name, content, message):
+    path = tmp_path / name
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=f"{name}:? {message}"):
+        rows_of(path)
+
+
+def test_rows_that_are_not_utf8_are_named(tmp_path):
+    good = {**PAIR, "chosen": "Rouge, ça va."}
+    for name in ("x.jsonl", "x.csv"):
+        lines = [json.dumps(row, ensure_ascii=False) for row in (good, good)]
+        if name == "x.csv":
+            lines = ["prompt,chosen,rejected", *[",".join(good[key] for key in ("prompt", "chosen", "rejected"))] * 2]
+            lines = [line.replace("Rouge, ça va.", '"Rouge, ça va."') for line in lines]
+        content = [*(line.encode() for line in lines[:-1]), lines[-1].encode("latin-1")]
+        (tmp_path / name).write_bytes(b"\n".join(content))
+        (first, _), (second, reason) = [
+            (row, pair or reason) for row, pair, reason in checked_pairs(sources.open_source(str(tmp_path / name)).rows)
+        ]
+        assert first.values["chosen"] == "Rouge, ça va." and reason == "not valid UTF-8"
+        assert second.location == f"{tmp_path / name} row {len(lines)}"
+
+
+DEEP = "[" * 900 + "]" * 900  # as deep as the parser takes, too deep for what comes after it
+
+
+@pytest.mark.parametrize("deep", [DEEP, "[" * 10**5 + "]" * 10**5])
+@pytest.mark.parametrize("name", ["x.json", "x.jsonl"])
+def test_deeply_nested_json_is_a_bad_row(tmp_path, name, deep):
+    message = f'[{{"role": {deep}, "content": "a"}}]'
+    rows = [
+        f'{{"prompt": {deep}, "chosen": "a", "rejected": "b"}}',
+        f'{{"prompt": {message}, "chosen": "a", "rejected": "b"}}',
+        f'{{"prompt": "a", "chosen": {message}, "rejected": {message}}}',
+        *[f'{{"prompt": {deep}, "response": "a"}}'] * 2,
+        json.dumps(PAIR),
+    ]
+    text = f"[{', '.join(rows)}]" if name == "x.json" else "\n".join(rows)
+    (tmp_path / name).write_text(text)
+    pairs = [pair for _, pair, _ in checked_pairs(sources.open_source(str(tmp_path / name)).rows)]
+    assert pairs[:-1] == [None] * (len(pairs) - 1) and response_text(pairs[-1]["chosen"]) == PAIR["chosen"]
+
+
+BITS_OF_JSON = st.sampled_from([b'{"prompt"', b": [", b'"a"', b"]", b"}", b",", b"\n"])
+
+
+@given(
+    name=st.sampled_from(["x.json", "x.jsonl", "x.csv", "x.parquet", "x.jsonl.gz"]),
+    content=st.binary(max_size=60) | st.lists(BITS_OF_JSON).map(b"".join),
+)
+def test_any_file_gives_rows_or_is_named(tmp_path_factory, name, content):
+    path = tmp_path_factory.getbasetemp() / name
+    path.write_bytes(content)
+    try:
+        rows = list(checked_pairs(sources.read_file(path)))
+    except InputError as error:
+        assert str(error).startswith(str(path)) and "\n" not in str(error)
+    else:
+        assert all(pair or reason for _, pair, reason in rows)
+
+
+@pytest.fixture
+def opened(monkeypatch):
+    """Paths that this process opens during the test."""
+    paths, watching = [], [True]
+    sys.addaudithook(lambda event, args: watching and event == "open" and paths.append(str(args[0])))
+    yield paths
+    watching.clear()  # a hook can not be taken away
+
+
+def test_no_path_from_the_data_is_opened(tmp_path, write_jsonl, opened):
+    secret = tmp_path / "secret.png"
+    secret.write_text("not for others")
+    named = {"prompt": str(secret), "chosen": f"file://{secret}", "rejected": f"../{secret.name}", "other": str(secret)}
+    columns = Features({**{key: Value("string") for key in PAIR}, "picture": Image()})
+    hub = tmp_path / "hub"
+    hub.mkdir()
+    (hub / "README.md").write_text("---\n---\n")
+    pictured = {**PAIR, "picture": {"path": str(secret), "bytes": None}}
+    pyarrow.parquet.write_table(Dataset.from_list([pictured], features=columns).data.table, hub / "train.parquet")
+    names = [write_jsonl([named]), str(hub)]
+    opened.clear()
+    for name in names:
+        ((_, pair, reason),) = checked_pairs(sources.open_source(name).rows)
+        assert pair and not reason
+    assert any(path.endswith("train.parquet") or path.endswith(".arrow") for path in opened)
+    assert not [path for path in opened if "secret" in path]
+
+
+def test_missing_sources_are_named(tmp_path):
+    for name in ("nope.jsonl", str(tmp_path / "nope"), "data/nope.csv"):
+        with pytest.raises(InputError, match="nope"):
+            sources.open_source(name)
+    with pytest.raises(InputError, match="no data files"):
+        sources.open_source(str(tmp_path))
+
+
+def test_a_stream_that_breaks_off_is_named(tmp_path):
+    (tmp_path / "README.md").write_text("")
+    rows = [{**PAIR, "prompt": f"{number}?"} for number in range(3000)]
+    for name, part in (("a", rows[:1500]), ("b", rows[1500:])):
+        Dataset.from_list(part).to_parquet(tmp_path / f"train-{name}.parquet")
+    path = tmp_path / "train-b.parquet"
+    content = bytearray(path.read_bytes())
+    content[200:2000] = bytes(1800)
+    path.write_bytes(content)
+    with pytest.raises(InputError, match=r"train: can not be read to its end \(after row [12]\d{3}: "):
+        list(sources.open_source(str(tmp_path), streaming=True).rows)
+
+
+def test_the_sample_keeps_its_promises():
+    rows = [row.values for row in sources.open_source("sample").rows]
+    pairs = [check_pair(row) for row in rows]
+    prompts = {row["prompt"] for row in rows}
+    assert len(prompts) == len(rows) >= 240
+    assert sum("<extra_id_1>" in prompt for prompt in prompts) >= 24
+    assert sum(any("а" <= letter <= "я" for letter in prompt) for prompt in prompts) >= 24
+    assert {row["category"] for row in rows} == {
+        "open_question", "closed_question", "summarising", "rewriting", "brainstorming", "code", "arithmetic",
+        "classification",
+    }  # fmt: skip
+    answers = [[response_text(pair[side]) for pair in pairs] for side in ("chosen", "rejected")]
+    assert 0.45 <= longer_wins(*answers) <= 0.55
+    for row in rows:
+        for rating in (row["chosen_rating"], row["rejected_rating"]):
+            assert 0 <= rating <= 4 and round(rating * 5, 6) == round(rating * 5)
