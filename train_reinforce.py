@@ -102,7 +102,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.flag("steps", STEPS, whole(1), "updates")
     parser.flag("completions_per_step", COMPLETIONS_PER_STEP, whole(1), "of all processes together, one a prompt")
     parser.flag("micro_batch_size", MICRO_BATCH_SIZE, whole(1), "completions per pass and device")
-    parser.flag("learning_rate", LEARNING_RATE, real(above=0), "constant after the warm-up")
+    parser.flag("learning_rate", LEARNING_RATE, real(above=0, most=1), "constant after the warm-up")
     parser.flag("warmup_steps", WARMUP_STEPS, whole(0), "updates")
     parser.flag("max_grad_norm", MAX_GRAD_NORM, real(above=0), "gradient clipping")
     parser.flag("kl_coefficient", KL_COEFFICIENT, real(least=0), "beta, per nat of a completion")

@@ -19,7 +19,7 @@ import sys
 from pathlib import Path
 
 from reward_pipeline.processes import run_script
-from reward_pipeline.settings import Parser, apple_silicon, boolean, or_none, real, whole
+from reward_pipeline.settings import Parser, apple_silicon, boolean, filled_text, or_none, real, whole
 from reward_pipeline.trl_flags import (
     LORA_DEFAULTS,
     METRICS,
@@ -125,10 +125,10 @@ KEPT_BY_OPTIMIZER = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2"
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """Flags over constants; those of TRL that have no constant are there only where they are given."""
     parser = Parser(__doc__)
-    parser.flag("model", MODEL, str, "base model: hub id or local directory")
-    parser.flag("data", None, str, f"directory written by load_helpsteer_dataset.py (default: {DATA})")
-    parser.flag("streaming", None, str, "train straight from this source (file, directory, hub id) for --max_steps")
-    parser.flag("split", None, str, "of a hub dataset, with --streaming")
+    parser.flag("model", MODEL, filled_text, "base model: hub id or local directory")
+    parser.flag("data", None, filled_text, f"directory written by load_helpsteer_dataset.py (default: {DATA})")
+    parser.flag("streaming", None, filled_text, "train straight from this file, directory or hub id, for --max_steps")
+    parser.flag("split", None, filled_text, "of a hub dataset, with --streaming")
     parser.flag("train_half", None, whole(1, 2), "1 or 2: that half of the training prompts, for two separate judges")
     parser.flag("max_train_samples", MAX_TRAIN_SAMPLES, or_none(whole(1)), "pairs, drawn at random (default: all)")
     parser.flag("max_eval_samples", MAX_EVAL_SAMPLES, whole(1), "pairs per evaluation during the training")

@@ -7,7 +7,6 @@ Out: a Markdown table on the terminal. All intervals are 95 % bootstrap interval
     python benchmarks/compare_runs.py naive reward_model_output other_output
 """
 
-import argparse
 import csv
 import sys
 from pathlib import Path
@@ -18,17 +17,20 @@ from tabulate import tabulate
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from evaluate_reward_model import Columns, number, pair_metrics, span
-from load_smollm_model import InputError, first_line, run_script
-from reward_model_demo import bootstrap_interval, wins
+from reward_pipeline.files import InputError, first_line
+from reward_pipeline.pair_metrics import Columns, number, pair_metrics, span
+from reward_pipeline.processes import run_script
+from reward_pipeline.settings import Parser
+from reward_pipeline.statistics import bootstrap_interval, wins
 
 NUMBERS = ("chosen_reward", "rejected_reward", "chosen_length", "rejected_length")
 NEEDED = {*NUMBERS, "prompt_key", "rating_gap", "category"}
+LONGEST_CELL = 2**31 - 1  # characters; the csv module refuses answers of more than 131,072 otherwise
 HEADER = ["run", "n", "accuracy (95 %)", "difference (95 %)", "gain over longer wins (95 %)", "shorter chosen", "ECE"]
 
 
 def read_columns(directory: str) -> Columns:
-    """The scored pairs of a run.
+    """What a comparison needs of the scored pairs of a run; the texts stay in the file.
 
     Raises:
         InputError: no such file, or it can not be read, or a reward or length in it is not a number.
@@ -37,6 +39,7 @@ def read_columns(directory: str) -> Columns:
     try:
         table = pandas.read_csv(
             path,
+            usecols=lambda name: name in NEEDED,
             dtype={"category": str, "rating_gap": float},
             keep_default_na=False,
             na_values={"rating_gap": [""]},
@@ -62,6 +65,7 @@ def read_columns(directory: str) -> Columns:
 
 def line_of(path: Path, row: int) -> int:
     """Where a row of the table ends in its file; empty lines are no rows, and a quoted cell may have several."""
+    csv.field_size_limit(LONGEST_CELL)
     with path.open(newline="", encoding="utf-8") as file:
         reader = csv.reader(file)
         ends = [reader.line_num for cells in reader if cells]
@@ -88,7 +92,7 @@ def compare(runs: dict[str, Columns]) -> list[list[str]]:
             [
                 name,
                 f"{metrics['n']:,}",
-                f"{metrics['accuracy']:.3f} ({span(metrics['accuracy_interval_by_prompt'])})",
+                f"{metrics['accuracy']:.3f} ({span(metrics['accuracy_interval'])})",
                 against if columns is not baseline else "",
                 f"{metrics['gain_over_longer_wins']:+.3f} ({span(metrics['gain_over_longer_wins_interval'])})",
                 number(metrics["shorter_chosen_accuracy"]),
@@ -99,7 +103,7 @@ def compare(runs: dict[str, Columns]) -> list[list[str]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="DIR", help="evaluated runs, the one to compare with first")
     options = parser.parse_args()
     if len(set(options.runs)) < len(options.runs):

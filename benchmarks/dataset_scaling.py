@@ -9,7 +9,6 @@ Out: a table on the terminal, with `--plot` a picture, and with `--json` a file 
 A million pairs take a quarter of an hour on two cores and 12 GB of temporary files; the default ends in some minutes.
 """
 
-import argparse
 import contextlib
 import json
 import sys
@@ -24,9 +23,10 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import load_helpsteer_dataset
 from benchmarks import measure
-from load_smollm_model import InputError, run_script
+from reward_pipeline.files import InputError
+from reward_pipeline.processes import run_script
+from reward_pipeline.settings import Parser, filled_text, whole
 
 VOCABULARY = 20_000  # made-up words
 WORDS = {"prompt": 20, "chosen": 60, "rejected": 60}  # of a text; its length varies by a factor of 2 around that
@@ -63,7 +63,7 @@ def measure_preparation(source: Path, output: Path) -> dict[str, float]:
     Raises:
         InputError: it failed.
     """
-    command = [sys.executable, load_helpsteer_dataset.__file__, "--source", str(source), "--output", str(output)]
+    command = [sys.executable, measure.ROOT / "load_helpsteer_dataset.py", "--source", source, "--output", output]
     started, own, resident = time.perf_counter(), 0, 0
     with (output.parent / "log").open("w") as log:
         process = psutil.Popen(command, stdout=log, stderr=log)
@@ -92,7 +92,7 @@ def exponent(sizes: list[int], seconds: list[float]) -> float | None:
     return float(np.polyfit(np.log(sizes[1:]), np.log(extra), 1)[0])
 
 
-def plot(rows: list[dict[str, float]], path: Path) -> None:
+def plot(rows: list[dict[str, float]], path: str) -> None:
     figure = Figure(figsize=(10, 4), layout="constrained")
     time_axes, memory_axes = figure.subplots(1, 2)
     sizes = [row["pairs"] for row in rows]
@@ -104,16 +104,13 @@ def plot(rows: list[dict[str, float]], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    sizes = [1_000, 10_000, 100_000]
-    parser.add_argument(
-        "--sizes", type=measure.above_zero, nargs="+", default=sizes, help="pairs, ascending (default: %(default)s)"
-    )
-    parser.add_argument("--plot", type=Path, help="PNG file")
-    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser = Parser(__doc__)
+    parser.flag("sizes", [1_000, 10_000, 100_000], whole(2), "pairs, ascending", nargs="+")
+    parser.flag("plot", None, filled_text, "PNG file", metavar="FILE")
+    parser.flag("json", None, filled_text, "file for the figures", metavar="FILE")
     options = parser.parse_args()
     if options.sizes != sorted(set(options.sizes)):
-        parser.error("--sizes must ascend")
+        parser.error("--sizes: must ascend")
     rows = []
     for count in tqdm(options.sizes, desc="Sizes"):
         with tempfile.TemporaryDirectory() as directory:

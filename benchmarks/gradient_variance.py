@@ -13,7 +13,6 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,50 +23,66 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import train_reinforce
-from load_helpsteer_dataset import load_processed
-from load_smollm_model import InputError, resolve_model, run_script, write_text
-from train_reinforce import Run, Settings, baseline_value, updated_baseline
+from benchmarks.reinforce_speed import Run, open_run
+from reward_pipeline import reinforce, rollouts
+from reward_pipeline.devices import autocast_dtype
+from reward_pipeline.evaluator import RewardModelEvaluator
+from reward_pipeline.files import InputError, write_text
+from reward_pipeline.policy_metrics import load_judge
+from reward_pipeline.processes import run_script
+from reward_pipeline.settings import Parser, filled_text, whole
 
 RESAMPLES = 2000
 
 
-def read_run(directory: Path) -> tuple[Settings, dict[str, float]]:
-    """Settings of a finished run and the state of its baseline after the last update.
+def read_run(directory: Path) -> tuple[argparse.Namespace, dict[str, float]]:
+    """Options of a finished run and the state of its baseline after the last update.
 
     Raises:
         InputError: not a finished run.
     """
     try:
-        saved = json.loads((directory / "settings.json").read_text(encoding="utf-8"))
+        options = argparse.Namespace(**json.loads((directory / "settings.json").read_text(encoding="utf-8")))
         log = [json.loads(line) for line in (directory / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
+        state: dict[str, float] = {}
+        for entry in log:
+            state = reinforce.updated_baseline(state, entry["reward"], options.ema_decay)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{directory}: no finished run here; run train_reinforce.py first") from error
-    state: dict[str, float] = {}
-    for entry in log:
-        state = updated_baseline(state, entry["reward"])
-    settings = Settings(**{name: saved[name] for name in vars(Settings())})
-    return replace(settings, report_to="none"), state
+    return options, state
 
 
-def flat_gradient(policy) -> torch.Tensor:
-    """(P,) gradient of all parameters, which is then cleared."""
-    gradient = torch.cat([each.grad.flatten() for each in policy.parameters() if each.grad is not None])
-    policy.zero_grad()
-    return gradient
-
-
-def gradients(run: Run, prompts: Sequence, rollout: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """g(0) and h of one completion of the batch."""
-    policy = run.accelerator.unwrap_model(run.policy)
-    seed = train_reinforce.step_seed(run.settings.seed, 0, rollout)
-    completions = train_reinforce.sample(policy, run.tokenizer, prompts, run.sampling, run.dtype, seed)
-    scores = run.evaluator.get_reward_scores([prompt.messages for prompt in prompts], completions.texts)
-    scores = torch.tensor(scores, dtype=torch.float32, device=policy.device)
-    train_reinforce.accumulate_gradient(run, completions, scores, 0.0)
-    without = flat_gradient(policy)
-    train_reinforce.accumulate_gradient(run, completions, scores, -1.0)
-    return without, flat_gradient(policy) - without
+def gradients(
+    run: Run,
+    judge: RewardModelEvaluator,
+    options: argparse.Namespace,
+    prompts: Sequence[rollouts.PolicyPrompt],
+    rollout: int,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """g(0) and h, (P,) each, of one completion of the batch, as `train_reinforce.py` takes its gradient."""
+    device, parameters = run.policy.device, list(run.policy.parameters())
+    dtype = torch.bfloat16 if autocast_dtype(device) is torch.bfloat16 else None
+    seed = reinforce.step_seed(options.seed, 0, rollout)
+    completions = rollouts.sample(run.policy, run.tokenizer, prompts, run.sampling, dtype, seed)
+    scores = judge.get_reward_scores([prompt.messages for prompt in prompts], completions.texts)
+    scores = torch.tensor(scores, dtype=torch.float32, device=device)
+    totals = torch.zeros(2, sum(each.numel() for each in parameters), device=device)
+    for start in range(0, len(prompts), options.micro_batch_size):
+        part = completions.part(start, options.micro_batch_size)
+        log_probs, _ = reinforce.log_probabilities(run.policy, part, options.temperature, dtype)
+        with torch.no_grad():
+            others, _ = reinforce.log_probabilities(run.reference, part, options.temperature, dtype)
+        kl = reinforce.sequence_kl(log_probs.detach(), others, part.mask)
+        part_scores = scores[start : start + len(part.texts)]
+        rewards = reinforce.regularised_rewards(
+            part_scores, kl, part.ended, options.kl_coefficient, options.missing_eos_penalty
+        )
+        # One forward pass serves both.
+        for total, advantages in zip(totals, (rewards, torch.ones_like(rewards)), strict=True):
+            loss = reinforce.reinforce_loss(log_probs, part.mask, advantages) * len(part.texts) / len(prompts)
+            parts = torch.autograd.grad(loss, parameters, retain_graph=True)
+            total += torch.cat([each.flatten() for each in parts])
+    return totals[0], totals[1]
 
 
 def products(pairs) -> tuple[np.ndarray, np.ndarray]:
@@ -126,24 +141,22 @@ def figures(rows: np.ndarray, sums: np.ndarray, baselines: dict[str, float]) -> 
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("run", type=Path, help="directory of train_reinforce.py")
-    parser.add_argument("--rollouts", type=int, default=16, help="completions of the batch (default: %(default)s)")
-    parser.add_argument("--output", type=Path, help="JSON file for the figures")
-    options = parser.parse_args()
-    if options.rollouts < 2:
-        parser.error("--rollouts must be at least 2")
-    settings, state = read_run(options.run)
-    splits, _ = load_processed(settings.data)
-    accelerator = train_reinforce.build_accelerator(settings)
-    sft = resolve_model(settings.model).path
-    run = train_reinforce.build_run(settings, accelerator, splits, sft)
-    train_reinforce.load_policy(run, options.run)
-    prompts = next(train_reinforce.batches(run.prompts, settings.completions_per_step, settings.seed))
-    prompts = sorted(prompts, key=lambda prompt: len(prompt.ids))
-    rollouts = tqdm(range(options.rollouts), desc="Rollouts")
-    rows, sums = products(gradients(run, prompts, rollout) for rollout in rollouts)
-    baselines = {kind: baseline_value(kind, state, 0.0) for kind in ("none", "mean", "ema")}
+    parser.flag("rollouts", 16, whole(2), "completions of the batch")
+    parser.flag("output", None, filled_text, "JSON file for the figures", metavar="FILE")
+    given = parser.parse_args()
+    options, state = read_run(given.run)
+    run = open_run(options, policy=str(given.run))
+    lengths = options.max_prompt_length, options.max_new_tokens
+    judge = load_judge("reward_model", options.reward_model, run.prompts, *lengths, run.policy.device)
+    prompts = next(rollouts.batches(run.prompts, options.completions_per_step, options.seed))
+    prompts = sorted(prompts, key=lambda prompt: len(prompt.ids))  # micro-batches then have little padding
+    numbers = tqdm(range(given.rollouts), desc="Rollouts")
+    rows, sums = products(gradients(run, judge, options, prompts, number) for number in numbers)
+    baselines = {
+        kind: reinforce.baseline_value(kind, state, 0.0, options.ema_decay) for kind in ("none", "mean", "ema")
+    }
     result = figures(rows, sums, baselines | {"best constant": best_baseline(rows, sums)})
     header = ["baseline", "value", "variance", "ratio", "ratio of squared norms (95 %)"]
     table = [
@@ -152,8 +165,8 @@ def main() -> None:
         for name, each in result.items()
     ]  # fmt: skip
     print(tabulate(table, header, tablefmt="github", disable_numparse=True))
-    if options.output:
-        write_text(options.output, json.dumps({"rollouts": options.rollouts, **result}, indent=2) + "\n")
+    if given.output:
+        write_text(given.output, json.dumps({"rollouts": given.rollouts, **result}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

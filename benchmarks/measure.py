@@ -1,14 +1,18 @@
-"""What the speed benchmarks have in common: contenders that take turns, and the rate that the machine can reach.
+"""What the benchmarks have in common: contenders that take turns, the rate that the machine can reach, the scripts.
 
 Every contender is a process of its own, so that none of them works with the memory, the allocator settings or the
 caches of another one, and its peak memory is its own. Only one computes at a time; they take turns, so that a change
 of the machine's pace meets all of them.
 """
 
-import argparse
+import contextlib
+import functools
+import io
 import json
+import math
 import multiprocessing
 import resource
+import runpy
 import statistics
 import sys
 import time
@@ -24,8 +28,11 @@ from tqdm.auto import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from load_smollm_model import InputError, autocast_dtype, pick_device, write_text
+from reward_pipeline.devices import autocast_dtype, pick_device
+from reward_pipeline.files import InputError, write_text
+from reward_pipeline.settings import Parser, filled_text, whole
 
+ROOT = Path(__file__).resolve().parents[1]  # where the scripts are
 WARM_UP = 1  # turns that are not counted
 TIME_LIMIT = 480  # seconds; the round that is under way then is the last one
 RATE_SHAPE = (2048, 576, 1536)  # of the matrix product: tokens, hidden and intermediate size of SmolLM2-135M
@@ -33,7 +40,49 @@ RATE_REPEATS = 30
 FORWARD, TRAINING = 2, 6  # operations a token and parameter without embeddings (arXiv 2001.08361)
 DTYPES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 
+# What decides the optimisation, under TRL's names: whoever is compared with `train_reward_model.py` gets the same.
+OPTIMISATION = (
+    *("learning_rate", "lr_scheduler_type", "warmup_steps", "num_train_epochs", "weight_decay", "max_grad_norm"),
+)
+
 Turn = dict[str, Any]
+
+
+class Over(Exception):
+    """No more turns are asked for: leaves a script wherever its work stands."""
+
+
+# --- the scripts of this project -------------------------------------------------------------------------------------
+
+
+@functools.cache
+def script(name: str) -> dict[str, Any]:
+    """Constants and functions of a script; nothing imports one."""
+    return runpy.run_path(str(ROOT / f"{name}.py"), run_name=name)
+
+
+def run(name: str, *arguments: object) -> None:
+    """Run a script in this process with these flags; its errors come through.
+
+    It looks up what it calls in the rooms of the package, so what is replaced there is what it uses.
+    """
+    sys.argv = [f"{name}.py", *map(str, arguments)]
+    script(name)["main"]()
+
+
+def parser(docstring: str, rounds: int, most: float = math.inf) -> Parser:
+    """Parser with the flags of all benchmarks in which contenders take turns.
+
+    Args:
+        rounds: turns of each that are counted, by default; `most` are possible.
+    """
+    made = Parser(docstring)
+    made.flag("rounds", rounds, whole(1, most), "turns of each that are counted")
+    made.flag("json", None, filled_text, "file for the figures", metavar="FILE")
+    return made
+
+
+# --- contenders ------------------------------------------------------------------------------------------------------
 
 
 def turns(pipe: Connection) -> Iterator[Turn]:
@@ -51,6 +100,18 @@ def turns(pipe: Connection) -> Iterator[Turn]:
         pipe.send({"seconds": time.perf_counter() - started, "peak_memory": peak_memory(device), **figures})
 
 
+def next_turn(turns: Iterator[Turn]) -> Turn:
+    """End the turn and begin the next one, from within something that is not written as a loop over `turns`.
+
+    Raises:
+        Over: there is none.
+    """
+    figures = next(turns, None)
+    if figures is None:
+        raise Over
+    return figures
+
+
 def peak_memory(device: torch.device) -> int:
     """Bytes: of the GPU where there is one, otherwise of this process."""
     if device.type == "cuda":
@@ -60,10 +121,14 @@ def peak_memory(device: torch.device) -> int:
 
 def contend(work: Callable, pipe: Connection, arguments: tuple) -> None:
     """Body of a contender's process."""
-    try:
-        work(turns(pipe), *arguments)
-    except InputError as error:
-        pipe.send(error)
+    # Its own lines and bars would be between those of the others; a traceback is printed outside of this.
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        try:
+            work(turns(pipe), *arguments)
+        except Over:
+            pass
+        except InputError as error:
+            pipe.send(error)
 
 
 def take_turns(
@@ -119,6 +184,9 @@ def ask(name: str, pipe: Connection) -> Turn:
     return figures
 
 
+# --- figures of turns ------------------------------------------------------------------------------------------------
+
+
 def median(values: list[Turn], name: str) -> float:
     return statistics.median(turn[name] for turn in values)
 
@@ -128,9 +196,26 @@ def rate(counts: list[float], seconds: list[float]) -> float:
     return statistics.median(count / spent for count, spent in zip(counts, seconds, strict=True))
 
 
-def ratios(ours: list[Turn], theirs: list[Turn]) -> list[float]:
-    """Seconds of the one divided by those of the other, round by round."""
-    return [other["seconds"] / own["seconds"] for own, other in zip(ours, theirs, strict=True)]
+def faster_by(ours: list[Turn], theirs: list[Turn]) -> float:
+    """How many times as much the one does in a second: the median over rounds, which both went through side by side.
+
+    Work is `tokens` where a turn counts them; without, every turn did the same.
+    """
+    speeds = ([turn.get("tokens", 1) / turn["seconds"] for turn in turns] for turns in (ours, theirs))
+    return statistics.median(own / other for own, other in zip(*speeds, strict=True))
+
+
+def most_memory(values: list[Turn]) -> int:
+    """Bytes."""
+    return max(turn["peak_memory"] for turn in values)
+
+
+def body_parameters(model) -> int:
+    """Parameters without the embeddings."""
+    return sum(each.numel() for each in model.parameters()) - model.get_input_embeddings().weight.numel()
+
+
+# --- the machine -----------------------------------------------------------------------------------------------------
 
 
 def matrix_rate(dtype: torch.dtype, device: torch.device) -> float:
@@ -160,7 +245,7 @@ def rate_in(dtype: torch.dtype, machine: dict[str, Any]) -> float:
 def machine() -> dict[str, Any]:
     """What the figures depend on: device, cores, threads, memory, and the rates of matrix products."""
     device = pick_device()
-    dtypes = {torch.bfloat16, torch.float32, own_dtype()}
+    dtypes = {torch.float32, own_dtype()}  # emulated bf16 is used by nobody, and takes minutes to measure
     return {
         "device": torch.cuda.get_device_name() if device.type == "cuda" else device.type,
         "cores": psutil.cpu_count(logical=False) or psutil.cpu_count(),
@@ -177,17 +262,11 @@ def describe_machine(figures: dict[str, Any]) -> str:
     return f"{figures['device']}, {figures['threads']} threads, torch {figures['torch']}; matrix products: {rates}"
 
 
-def above_zero(text: str) -> int:
-    """Type of a flag."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError("must be above 0")
-    return number
+# --- what is printed and written -------------------------------------------------------------------------------------
 
 
-def body_parameters(model) -> int:
-    """Parameters without the embeddings."""
-    return sum(each.numel() for each in model.parameters()) - model.get_input_embeddings().weight.numel()
+def gibibytes(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"
 
 
 def print_table(header: list[str], rows: list[list[str]]) -> None:
@@ -195,6 +274,6 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
     print(tabulate(rows, header, tablefmt="github", disable_numparse=True, colalign=alignment))
 
 
-def write_figures(path: Path | None, figures: dict[str, Any]) -> None:
+def write_figures(path: str | None, figures: dict[str, Any]) -> None:
     if path:
         write_text(path, json.dumps(figures, indent=2) + "\n")

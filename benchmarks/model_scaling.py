@@ -10,7 +10,6 @@ The models are Llama models with random weights and the tokenizer of SmolLM2; tw
 SmolLM2-360M, one is smaller. A turn is one update with 8 pairs, by the trainer of `train_reward_model.py`.
 """
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -21,7 +20,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import measure, training_speed
-from load_smollm_model import MODEL_NAME, load_reward_model, load_tokenizer, resolve_model, run_script
+from reward_pipeline.models import MODEL_NAME, load_reward_model, load_tokenizer, resolve_model
+from reward_pipeline.processes import run_script
 
 SHAPES = {
     "small": {"hidden_size": 384, "intermediate_size": 1024, "num_hidden_layers": 12, "heads": (6, 2)},
@@ -40,12 +40,11 @@ def make_model(shape: dict, source: str, directory: Path) -> int:
     tokenizer = load_tokenizer(source)
     AutoModelForCausalLM.from_config(config).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
-    return measure.body_parameters(load_reward_model(str(directory), tokenizer.pad_token_id))
+    return measure.body_parameters(load_reward_model(str(directory), tokenizer.pad_token_id, seed=0))
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    options = training_speed.parse_options(parser)
+    options = training_speed.parser(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         training_speed.prepare(options.pairs, MODEL_NAME, options.max_length, directory)
@@ -60,10 +59,9 @@ def main() -> None:
     for shape, turns in results.items():
         each = training_speed.figures(turns, parameters[shape], rate)
         summary[shape] = {"parameters": parameters[shape], **each}
-        memory = f"{each['peak_memory'] / 2**30:.1f} GiB"
         rows.append(
             [shape, f"{parameters[shape] / 1e6:.0f} M", f"{each['pairs_per_second']:.2f}", f"{each['rate_share']:.2f}",
-             memory]
+             measure.gibibytes(each["peak_memory"])]
         )  # fmt: skip
     measure.print_table(["", "parameters in layers", "pairs/s", "share of the rate", "peak memory"], rows)
     seconds = [1 / each["pairs_per_second"] for each in summary.values()]

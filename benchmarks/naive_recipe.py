@@ -3,10 +3,11 @@
 What it does differently from `train_reward_model.py`: default system prompt in every conversation, prompt and answer
 joined and cut on the right to the same number of tokens, pad token = end-of-turn token, head as drawn and rounded to
 bf16, no centering, and the last state of the training instead of the best checkpoint. `--parts` takes any of the first
-four over from this project, one by one:
+four over from this project, one by one, and the tokenizer:
 
     length_rule  prompt and answer cut separately         template  no default system prompt
     pad_token    pad is not the end of a turn             head      small fp32 head, centering
+    tokenizer    the steps of `tokenizer.json`, whatever class the config names: on the hub SmolLM2's splits no digits
 
 In:  `processed_helpsteer/` (texts, split and `max_length` of it) and the settings of `train_reward_model.py`.
 Out: figures on the whole validation split on the terminal and, with `--output`, as `evaluate_reward_model.py` does.
@@ -26,52 +27,30 @@ import numpy as np
 import torch
 from datasets import Dataset
 from tqdm.auto import tqdm
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, set_seed
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, TokenizersBackend, set_seed
 from trl import RewardConfig, RewardTrainer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import train_reward_model as ours
-from conversations import encode, plain_template
-from evaluate_reward_model import (
-    Columns,
-    evaluation_directory,
-    pair_metrics,
-    processed_pairs,
-    rounded,
-    summary,
-    text_columns,
-    write_evaluation,
-)
-from load_helpsteer_dataset import draw, load_processed
-from load_smollm_model import (
-    MODEL_NAME,
-    PAD_TOKEN,
-    autocast,
-    autocast_dtype,
-    keep_freed_memory,
-    load_reward_model,
-    resolve_model,
-    run_script,
-    write_text,
-)
+from benchmarks import measure
+from reward_pipeline.cards import write_evaluation
+from reward_pipeline.conversations import encode, plain_template
+from reward_pipeline.devices import autocast, autocast_dtype, keep_freed_memory, pick_device
+from reward_pipeline.files import rounded, write_text
+from reward_pipeline.models import PAD_TOKEN, load_reward_model, resolve_model
+from reward_pipeline.pair_metrics import Columns, metrics_line, pair_metrics, text_columns
+from reward_pipeline.pairs import draw
+from reward_pipeline.processed import load_processed, processed_pairs
+from reward_pipeline.processes import run_script
+from reward_pipeline.runs import evaluation_directory
+from reward_pipeline.settings import Parser, filled_text, or_none, seed, whole
 
-PARTS = ("length_rule", "template", "pad_token", "head")
+PARTS = ("length_rule", "template", "pad_token", "head", "tokenizer")
 BATCH_SIZE = 16  # conversations scored at once
-PASSED_ON = (
-    *(
-        "learning_rate",
-        "num_train_epochs",
-        "per_device_train_batch_size",
-        "gradient_accumulation_steps",
-        "weight_decay",
-    ),
-    *("warmup_steps", "lr_scheduler_type", "max_grad_norm", "bf16", "fp16", "use_cpu", "gradient_checkpointing"),
-)
 
 
 def load_naive_tokenizer(path: str, parts: list[str]):
-    tokenizer = AutoTokenizer.from_pretrained(path)
+    tokenizer = (TokenizersBackend if "tokenizer" in parts else AutoTokenizer).from_pretrained(path)
     tokenizer.pad_token = PAD_TOKEN if "pad_token" in parts else tokenizer.eos_token
     if "template" in parts:
         tokenizer.chat_template = plain_template(tokenizer.chat_template)
@@ -80,8 +59,7 @@ def load_naive_tokenizer(path: str, parts: list[str]):
 
 def joined_ids(tokenizer, row: dict, side: str, max_length: int) -> list[int]:
     """Whole conversation through the template as it is, cut on the right."""
-    messages = [*row["prompt"], {"role": "assistant", "content": row[side]}]
-    return tokenizer.apply_chat_template(messages)["input_ids"][:max_length]
+    return tokenizer.apply_chat_template([*row["prompt"], *row[side]])["input_ids"][:max_length]
 
 
 def tokenize(pairs: Dataset, tokenizer, max_length: int, parts: list[str]) -> Dataset:
@@ -132,12 +110,17 @@ def train_and_score(options: argparse.Namespace) -> tuple[Columns, dict[str, Any
     train = tokenize(splits["train"].select(drawn), tokenizer, metadata["max_length"], options.parts)
     validation = tokenize(splits["validation"], tokenizer, metadata["max_length"], options.parts)
 
-    settings = {name: value for name, value in ours.default_config().items() if name in PASSED_ON}
+    constants, dtype = measure.script("train_reward_model")["TRL_DEFAULTS"], autocast_dtype(pick_device())
+    names = ("per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing")
+    centering = constants["center_rewards_coefficient"] if "head" in options.parts else None
     with tempfile.TemporaryDirectory() as scratch:
         config = RewardConfig(
-            **settings,
+            **{name: constants[name] for name in (*measure.OPTIMISATION, *names)},
+            bf16=dtype is torch.bfloat16,
+            fp16=dtype is torch.float16,
+            use_cpu=pick_device().type == "cpu",
             seed=options.seed,
-            center_rewards_coefficient=ours.CENTER_REWARDS_COEFFICIENT if "head" in options.parts else None,
+            center_rewards_coefficient=centering,
             output_dir=scratch,
             max_length=None,
             save_strategy="no",
@@ -160,20 +143,22 @@ def train_and_score(options: argparse.Namespace) -> tuple[Columns, dict[str, Any
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="*", default=[], choices=PARTS, help="what to take over from this project")
-    parser.add_argument("--data", default=ours.DATA_DIR, help="directory of load_helpsteer_dataset.py")
-    parser.add_argument("--max_train_samples", type=int, default=ours.MAX_TRAIN_SAMPLES, help="pairs, drawn at random")
-    parser.add_argument("--seed", type=int, default=ours.SEED, help="of drawing, head and order")
-    parser.add_argument("--model", default=MODEL_NAME, help="base model: hub id or local directory")
-    parser.add_argument("--output", type=Path, metavar="DIR", help="directory for figures and plots")
+    constants = measure.script("train_reward_model")
+    parser = Parser(__doc__)
+    parser.flag("parts", [], str, "what to take over from this project", nargs="*", choices=PARTS)
+    parser.flag("data", constants["DATA"], filled_text, "directory of load_helpsteer_dataset.py", metavar="DIR")
+    limit = or_none(whole(1))
+    parser.flag("max_train_samples", constants["MAX_TRAIN_SAMPLES"], limit, "pairs, drawn at random (default: all)")
+    parser.flag("seed", constants["SEED"], seed, "of drawing, head and order")
+    parser.flag("model", constants["MODEL"], filled_text, "base model: hub id or local directory")
+    parser.flag("output", None, filled_text, "directory for figures and plots", metavar="DIR")
     options = parser.parse_args()
-    if ours.DEVICE.type == "cpu":
+    if pick_device().type == "cpu":
         keep_freed_memory()
 
     with evaluation_directory(options.output) as directory:
         columns, metrics = train_and_score(options)
-        print(f"{summary(metrics)}; {metrics['identical_after_cut']:,} pairs identical after the cut")
+        print(f"{metrics_line(metrics)}; {metrics['identical_after_cut']:,} pairs identical after the cut")
         if directory:
             write_evaluation(columns, metrics, directory)
             write_text(directory / "metrics.json", json.dumps(rounded(metrics), indent=2) + "\n")

@@ -11,85 +11,119 @@ the same ones, so rates are per token.
 """
 
 import argparse
-import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
+from transformers import GenerationConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import train_reinforce
 from benchmarks import measure
-from load_helpsteer_dataset import OUTPUT_DIR as DATA_DIR
-from load_helpsteer_dataset import load_processed
-from load_smollm_model import load_sft_model, load_trained_reward_model, resolve_model, run_script
-from reward_model_demo import MODEL_PATH
-from train_reinforce import Settings
+from reward_pipeline import reinforce, rollouts
+from reward_pipeline.devices import keep_freed_memory, pick_device
+from reward_pipeline.models import (
+    end_token_ids,
+    load_sft_model,
+    load_tokenizer,
+    load_trained_reward_model,
+    resolve_model,
+)
+from reward_pipeline.processed import load_processed
+from reward_pipeline.processes import run_script
+from reward_pipeline.settings import filled_text, whole
 
 # Operations a parameter and token of a completion: sampling, judge and reference go forward, the gradient back as well.
 OPERATIONS = 3 * measure.FORWARD + measure.TRAINING
 COMPLETIONS = 16  # an update; with the 32 of `train_reinforce.py` the plain loop needs more than 20 GB
+ENDLESS = 10**6  # updates
 
 
-def open_run(settings: Settings):
-    accelerator = train_reinforce.build_accelerator(settings)
-    splits, _ = load_processed(settings.data)
-    return train_reinforce.build_run(settings, accelerator, splits, resolve_model(settings.model).path)
+class Run(NamedTuple):
+    """What an update of `train_reinforce.py` works with, but for its judge."""
+
+    prompts: list[rollouts.PolicyPrompt]
+    tokenizer: Any
+    policy: Any
+    reference: Any
+    sampling: GenerationConfig
 
 
-def timed(function: Callable, seconds: list[float]) -> Callable:
-    """The function, which then also notes how long each call took."""
+def open_run(options: argparse.Namespace, policy: str | None = None) -> Run:
+    """As `train_reinforce.py` does it.
 
-    def measured(*arguments, **options):
+    Args:
+        options: those of the script.
+        policy: directory; by default the policy is the SFT model.
+    """
+    device = pick_device()
+    if device.type == "cpu":
+        keep_freed_memory()
+    splits, _ = load_processed(options.data)
+    path = resolve_model(options.model).path
+    tokenizer = load_tokenizer(path)
+    amounts = options.max_prompt_length, options.completions_per_step, options.evaluation_prompts
+    prompts, _ = rollouts.read_prompts(splits, tokenizer, options.data, *amounts, options.seed)
+    models = [load_sft_model(each).to(device) for each in (policy or path, path)]
+    end_ids = end_token_ids(models[1], tokenizer)
+    sampling = rollouts.sampling_config(options.max_new_tokens, options.temperature, end_ids, tokenizer.pad_token_id)
+    return Run(prompts, tokenizer, *models, sampling)
+
+
+def ours(turns, flags: list[str]) -> None:
+    """The script itself. A turn lasts from where it takes the prompts of an update to where it takes the next ones."""
+    figures: measure.Turn = {}
+    batches, sample = rollouts.batches, rollouts.sample
+
+    def begin(batch):
+        nonlocal figures
+        figures = measure.next_turn(turns)
+        return batch
+
+    def timed_sample(*arguments):
         started = time.perf_counter()
-        try:
-            return function(*arguments, **options)
-        finally:
-            seconds.append(time.perf_counter() - started)
+        completions = sample(*arguments)
+        seconds = time.perf_counter() - started
+        figures.update(tokens=int(completions.mask.sum()), sampling_seconds=seconds)
+        return completions
 
-    return measured
-
-
-def ours(turns, settings: Settings) -> None:
-    run, sampling = open_run(settings), []
-    train_reinforce.sample = timed(train_reinforce.sample, sampling)
-    batches = train_reinforce.batches(run.prompts, settings.completions_per_step, settings.seed)
-    for step, (figures, prompts) in enumerate(zip(turns, batches, strict=False), start=1):
-        entry = train_reinforce.take_step(run, step, prompts, {})
-        figures |= {"tokens": entry["length"] * settings.completions_per_step, "sampling_seconds": sampling[-1]}
+    rollouts.batches = lambda *arguments: map(begin, batches(*arguments))
+    rollouts.sample = timed_sample
+    measure.run("train_reinforce", *flags, "--steps", ENDLESS, "--save_steps", ENDLESS)
 
 
-def plain(turns, settings: Settings) -> None:
+def plain(turns, flags: list[str]) -> None:
     """The same update as one writes it down first: fp32, one batch, every step over everything."""
-    run, sampling = open_run(settings), []
-    tokenizer, policy, reference = run.tokenizer, run.policy, run.reference
-    generate = timed(policy.generate, sampling)
-    _, judge = load_trained_reward_model(settings.reward_model)
+    options = measure.script("train_reinforce")["parse_options"](flags)
+    prompts, tokenizer, policy, reference, sampling = open_run(options)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=options.learning_rate, weight_decay=0.0)
+    _, judge = load_trained_reward_model(options.reward_model)
     judge.to(policy.device)
     tokenizer.padding_side = "left"
-    batches = train_reinforce.batches(run.prompts, settings.completions_per_step, settings.seed)
-    for figures, prompts in zip(turns, batches, strict=False):
-        inputs = tokenizer.pad({"input_ids": [prompt.ids for prompt in prompts]}, return_tensors="pt").to(policy.device)
+    batches = rollouts.batches(prompts, options.completions_per_step, options.seed)
+    for figures, batch in zip(turns, batches, strict=False):
+        inputs = tokenizer.pad({"input_ids": [prompt.ids for prompt in batch]}, return_tensors="pt").to(policy.device)
         width = inputs["input_ids"].shape[1]
+        started = time.perf_counter()
         with torch.no_grad():
-            ids = generate(**inputs, generation_config=run.sampling)
-        mask = train_reinforce.completion_mask(ids[:, width:], run.sampling.eos_token_id)
+            ids = policy.generate(**inputs, generation_config=sampling)
+        seconds = time.perf_counter() - started
+        mask = reinforce.completion_mask(ids[:, width:], sampling.eos_token_id)
         attention = torch.cat([inputs["attention_mask"], mask.long()], dim=1)
         with torch.no_grad():
             rewards = judge(ids, attention_mask=attention, use_cache=False).logits[:, 0]
             reference_log_probs = log_probs(reference, ids, attention)[:, width - 1 :]
         policy_log_probs = log_probs(policy, ids, attention)[:, width - 1 :]
-        kl = train_reinforce.sequence_kl(policy_log_probs.detach(), reference_log_probs, mask)
-        advantages = rewards - settings.kl_coefficient * kl
-        train_reinforce.reinforce_loss(policy_log_probs, mask, advantages).backward()
-        torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.max_grad_norm)
-        run.optimizer.step()
-        run.optimizer.zero_grad()
-        figures |= {"tokens": int(mask.sum()), "sampling_seconds": sampling[-1]}
+        kl = reinforce.sequence_kl(policy_log_probs.detach(), reference_log_probs, mask)
+        advantages = rewards - options.kl_coefficient * kl
+        reinforce.reinforce_loss(policy_log_probs, mask, advantages).backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), options.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        figures |= {"tokens": int(mask.sum()), "sampling_seconds": seconds}
 
 
 def log_probs(model, ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
@@ -107,40 +141,25 @@ def rates(turns: list[measure.Turn]) -> dict[str, float]:
     }
     tokens = [turn["tokens"] for turn in turns]
     return {f"{kind}tokens_per_second": measure.rate(tokens, spent) for kind, spent in seconds.items()} | {
-        "peak_memory": max(turn["peak_memory"] for turn in turns)
+        "peak_memory": measure.most_memory(turns)
     }
 
 
-def ratio(ours: list[measure.Turn], theirs: list[measure.Turn]) -> float:
-    """Tokens per second of the one divided by those of the other, the median over the rounds."""
-    one, other = ([turn["tokens"] / turn["seconds"] for turn in turns] for turns in (ours, theirs))
-    return statistics.median(own / their for own, their in zip(one, other, strict=True))
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default=DATA_DIR, help="default: %(default)s")
-    parser.add_argument("--reward_model", default=MODEL_PATH, help="default: %(default)s")
-    parser.add_argument(
-        "--completions", type=measure.above_zero, default=COMPLETIONS, help="an update (default: %(default)s)"
-    )
-    length = Settings().max_new_tokens
-    parser.add_argument("--max_new_tokens", type=measure.above_zero, default=length, help="default: %(default)s")
-    parser.add_argument("--rounds", type=measure.above_zero, default=5, help="updates each (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="file for the figures")
+    constants = measure.script("train_reinforce")
+    parser = measure.parser(__doc__, rounds=5)
+    parser.flag("data", constants["DATA"], filled_text, "directory written by load_helpsteer_dataset.py")
+    parser.flag("reward_model", constants["REWARD_MODEL"], filled_text, "directory written by train_reward_model.py")
+    parser.flag("completions", COMPLETIONS, whole(1), "an update")
+    parser.flag("max_new_tokens", constants["MAX_NEW_TOKENS"], whole(1), "tokens of a completion")
     options = parser.parse_args()
     machine = measure.machine()
     with tempfile.TemporaryDirectory() as directory:
-        settings = Settings(
-            data=options.data,
-            reward_model=options.reward_model,
-            output_dir=directory,
-            completions_per_step=options.completions,
-            max_new_tokens=options.max_new_tokens,
-        )
-        results = measure.take_turns({"ours": (ours, (settings,)), "plain": (plain, (settings,))}, options.rounds)
+        flags = ["--data", options.data, "--reward_model", options.reward_model, "--output_dir", directory]
+        flags += ["--completions_per_step", str(options.completions), "--max_new_tokens", str(options.max_new_tokens)]
+        results = measure.take_turns({"ours": (ours, (flags,)), "plain": (plain, (flags,))}, options.rounds)
     print(measure.describe_machine(machine))
-    parameters = measure.body_parameters(load_sft_model(resolve_model(settings.model).path))
+    parameters = measure.body_parameters(load_sft_model(resolve_model(constants["MODEL"]).path))
     # `train_reinforce.py` does not use fp16.
     own = torch.bfloat16 if measure.own_dtype() is torch.bfloat16 else torch.float32
     dtypes = {"ours": own, "plain": torch.float32}
@@ -149,9 +168,10 @@ def main() -> None:
         each = summary[name] = rates(turns)
         rate = measure.rate_in(dtypes[name], machine)
         each["rate_share"] = OPERATIONS * parameters * each["tokens_per_second"] / rate
-        each["ours_is_faster"] = ratio(results["ours"], turns)
+        # They sample different completions, so what counts is tokens per second.
+        each["ours_is_faster"] = measure.faster_by(results["ours"], turns)
         figures = (f"{each[f'{kind}tokens_per_second']:.0f}" for kind in ("", "sampled_", "trained_"))
-        memory = f"{each['peak_memory'] / 2**30:.1f} GiB"
+        memory = measure.gibibytes(each["peak_memory"])
         rows.append([name, *figures, f"{each['rate_share']:.2f}", memory, f"{each['ours_is_faster']:.2f}"])
     header = ["", "tokens/s", "while sampling", "for the rest", "share of the rate", "peak memory", "ours is faster by"]
     measure.print_table(header, rows)

@@ -9,7 +9,6 @@ The term is the regression of the reward on log(characters). The prompts are hal
 regression over the other half, so that no pair is judged by a term that was fitted to it.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -19,8 +18,11 @@ import pandas
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.compare_runs import read_columns
-from evaluate_reward_model import Columns, evaluation_directory
-from load_smollm_model import InputError, replace_file, run_script
+from reward_pipeline.files import InputError, replace_file
+from reward_pipeline.pair_metrics import Columns
+from reward_pipeline.processes import run_script
+from reward_pipeline.runs import evaluation_directory
+from reward_pipeline.settings import Parser
 
 SIDES = ("chosen", "rejected")
 
@@ -54,7 +56,7 @@ def without_length(columns: Columns) -> Columns:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(__doc__)
     parser.add_argument("run", help="directory with a rewards.csv")
     parser.add_argument("output", help="directory to write")
     options = parser.parse_args()

@@ -14,7 +14,6 @@ together    16 candidates of one prompt in one call, as bf16; a prompt as long a
 apart       the same in a call each
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -25,14 +24,24 @@ from transformers import pipeline
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import measure
-from conversations import encode_batch
-from evaluate_reward_model import read_pairs
-from load_smollm_model import load_trained_reward_model, pick_device, run_script
-from reward_model_demo import MODEL_PATH, RewardModelEvaluator
+from reward_pipeline.conversations import encode_batch, response_text
+from reward_pipeline.devices import pick_device
+from reward_pipeline.evaluator import MODEL_PATH, RewardModelEvaluator
+from reward_pipeline.models import load_trained_reward_model, trained_with_halved_prompts
+from reward_pipeline.processed import read_pairs
+from reward_pipeline.processes import run_script
+from reward_pipeline.settings import filled_text, whole
 
 CANDIDATES = 16
 CANDIDATE_TOKENS = 128  # of the prompt, and of each of its candidates
 MIXED_PRECISION = {"bf16", "together", "apart"}
+
+
+def token_ids(tokenizer, config, prompts: list, responses: list[str]) -> list[list[int]]:
+    """What the evaluator feeds a model with this config."""
+    halved = trained_with_halved_prompts(config)
+    encoded = encode_batch(tokenizer, prompts, responses, config.reward_max_length, halve_prompt=halved)
+    return [one.ids for one in encoded]
 
 
 def by_evaluator(turns, model: str, prompts: list, responses: list[str], mixed_precision: bool) -> None:
@@ -44,20 +53,18 @@ def by_evaluator(turns, model: str, prompts: list, responses: list[str], mixed_p
 def one_by_one(turns, model: str, prompts: list, responses: list[str]) -> None:
     tokenizer, network = load_trained_reward_model(model)
     network.to(pick_device())
-    limit = network.config.reward_max_length
     for figures in turns:
         figures["scores"] = []
-        for one in encode_batch(tokenizer, prompts, responses, limit):
+        for ids in token_ids(tokenizer, network.config, prompts, responses):
             with torch.inference_mode():
-                logits = network(torch.tensor([one.ids], device=network.device), use_cache=False).logits
+                logits = network(torch.tensor([ids], device=network.device), use_cache=False).logits
             figures["scores"].append(float(logits))
 
 
 def by_pipeline(turns, model: str, prompts: list, responses: list[str]) -> None:
     tokenizer, network = load_trained_reward_model(model)
-    limit = network.config.reward_max_length
     # Decoded again from the ids, so that the pipeline reads what the others read.
-    texts = [tokenizer.decode(one.ids) for one in encode_batch(tokenizer, prompts, responses, limit)]
+    texts = [tokenizer.decode(ids) for ids in token_ids(tokenizer, network.config, prompts, responses)]
     classify = pipeline(
         "text-classification", model=network, tokenizer=tokenizer, device=pick_device(), batch_size=16,
         function_to_apply="none",
@@ -90,18 +97,17 @@ def accuracy(scores: list[float]) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default=MODEL_PATH, help="trained reward model (default: %(default)s)")
-    parser.add_argument("--pairs", default="sample", help="source of pairs (default: the sample)")
-    parser.add_argument("--limit", type=measure.above_zero, default=64, help="pairs (default: %(default)s)")
-    parser.add_argument("--rounds", type=measure.above_zero, default=5, help="turns each (default: %(default)s)")
-    parser.add_argument("--json", type=Path, help="file for the figures")
+    parser = measure.parser(__doc__, rounds=5)
+    parser.flag("model", MODEL_PATH, filled_text, "trained reward model", metavar="DIR")
+    parser.flag("pairs", "sample", filled_text, "source of pairs", metavar="SOURCE")
+    parser.flag("limit", 64, whole(1), "pairs")
     options = parser.parse_args()
     pairs = read_pairs(options.pairs)
     pairs = pairs.select(range(min(options.limit, len(pairs))))
-    prompts, responses = [*pairs["prompt"], *pairs["prompt"]], [*pairs["chosen"], *pairs["rejected"]]
+    prompts = [*pairs["prompt"], *pairs["prompt"]]
+    responses = [response_text(answer) for side in ("chosen", "rejected") for answer in pairs[side]]
     tokenizer, network = load_trained_reward_model(options.model)
-    parameters, max_length = measure.body_parameters(network), network.config.reward_max_length
+    parameters, config = measure.body_parameters(network), network.config
     del network
     prompt, answers = candidates(tokenizer)
     work, together = (options.model, prompts, responses), (options.model, [prompt] * CANDIDATES, answers)
@@ -127,8 +133,8 @@ def main() -> None:
     print(measure.describe_machine(machine))
     exact, summary = np.array(results["one by one"][0]["scores"]), {}
     for group, inputs in ((results, work), (same_prompt, together)):
-        first, encoded = next(iter(group)), encode_batch(tokenizer, *inputs[1:], max_length)
-        tokens = sum(len(one.ids) for one in encoded)
+        first, encoded = next(iter(group)), token_ids(tokenizer, config, *inputs[1:])
+        tokens = sum(map(len, encoded))
         rows = []
         for name, turns in group.items():
             seconds = measure.median(turns, "seconds")
@@ -137,27 +143,19 @@ def main() -> None:
             each = summary[name] = {
                 "texts_per_second": len(encoded) / seconds,
                 "rate_share": operations / measure.rate_in(dtype, machine),
-                "peak_memory": max(turn["peak_memory"] for turn in turns),
-                f"{first}_is_faster": measure.statistics.median(measure.ratios(group[first], turns)),
+                "peak_memory": measure.most_memory(turns),
+                f"{first}_is_faster": measure.faster_by(group[first], turns),
             }
             row = [name, f"{each['texts_per_second']:.1f}", f"{each['rate_share']:.2f}"]
-            row.append(f"{each['peak_memory'] / 2**30:.1f} GiB")
-            row.append(f"{each[f'{first}_is_faster']:.2f}")
+            row += [measure.gibibytes(each["peak_memory"]), f"{each[f'{first}_is_faster']:.2f}"]
             if group is results:
                 scores = turns[0]["scores"]
                 each["largest_difference"] = float(np.abs(np.array(scores) - exact).max())
                 each["accuracy"] = accuracy(scores)
                 row += [f"{each['largest_difference']:.1e}", f"{each['accuracy']:.4f}"]
             rows.append(row)
-        header = [
-            "",
-            "texts/s",
-            "share of the rate",
-            "peak memory",
-            f"{first} is faster by",
-            "largest difference",
-            "accuracy",
-        ]
+        header = ["", "texts/s", "share of the rate", "peak memory", f"{first} is faster by"]
+        header += ["largest difference", "accuracy"]
         measure.print_table(header[: len(rows[0])], rows)
     measure.write_figures(options.json, {"machine": machine, "summary": summary, "turns": results | same_prompt})
 

@@ -28,11 +28,12 @@ from datasets import Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import conversations
-import load_smollm_model
-import train_reward_model
-from conversations import encode_batch, response_length
-from load_smollm_model import InputError, load_tokenizer, resolve_model, run_script
+from benchmarks import measure
+from reward_pipeline import conversations, models, prefix_sharing, processed, reward_training
+from reward_pipeline.files import InputError
+from reward_pipeline.form import response_length
+from reward_pipeline.pairs import draw
+from reward_pipeline.processes import run_script
 
 NEAR_TIE = 0.4  # rating gap, on a scale of 0 to 4 in steps of 0.2
 LM_WEIGHT = 0.1
@@ -72,18 +73,14 @@ def balanced(ratios: np.ndarray, seed: int) -> np.ndarray:
 
 def recut(pairs: Dataset, model: str, max_length: int) -> Dataset:
     """Token ids anew, by the length rule as it now is."""
-    tokenizer = load_tokenizer(resolve_model(model).path)
-    ids = {
-        f"{side}_ids": [one.ids for one in encode_batch(tokenizer, pairs["prompt"], pairs[side], max_length)]
-        for side in ("chosen", "rejected")
-    }
-    pairs = pairs.remove_columns(list(ids))
-    for name, values in ids.items():
-        pairs = pairs.add_column(name, values)
+    tokenizer = models.load_tokenizer(models.resolve_model(model).path)
+    columns = processed.token_columns(pairs[:], tokenizer, max_length)
+    for name in ("chosen_ids", "rejected_ids", "length"):
+        pairs = pairs.remove_columns(name).add_column(name, columns[name])
     return pairs
 
 
-class LanguageModelTrainer(train_reward_model.PairTrainer):
+class LanguageModelTrainer(reward_training.PairTrainer):
     """Adds the language-model loss on the chosen conversations; the head is the embedding, as in SmolLM2."""
 
     def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
@@ -120,33 +117,36 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] not in VARIANTS:
         sys.exit(f"usage: variants.py {{{','.join(VARIANTS)}}} [flags of train_reward_model.py]\n\n{__doc__}")
     variant = sys.argv.pop(1)
+    script = measure.script("train_reward_model")
+    options = script["parse_options"]()
+    if options.streaming:
+        raise InputError("variants.py needs prepared data (--data); a variant does not go with --streaming")
+    if variant == "lm_loss" and getattr(options, "use_peft", False):
+        raise InputError("lm_loss does not go with --use_peft")
+
+    # The script looks these up in the rooms, so it takes what is put there.
     conversations.PROMPT_SHARE = PROMPT_SHARES.get(variant, conversations.PROMPT_SHARE)
     if variant == "large_head":
-        load_smollm_model.HEAD_SCALE = 1.0
+        models.HEAD_SCALE = 1.0
     if variant == "lm_loss":
-        train_reward_model.PairTrainer = LanguageModelTrainer
-        train_reward_model.share_prefixes = lambda model: False  # its loss is on whole conversations
-    load = train_reward_model.load_processed
-    script, config, lora = train_reward_model.parse_settings()
-    if script.streaming:
-        raise InputError("variants.py needs prepared data (--data); a variant does not go with --streaming")
-    if variant == "lm_loss" and lora.use_peft:
-        sys.exit("error: lm_loss does not go with --use_peft")
+        reward_training.PairTrainer = LanguageModelTrainer
+        prefix_sharing.share_prefixes = lambda model: False  # its loss is on whole conversations
+    load = processed.load_processed
 
     def load_varied(directory: str):
         splits, metadata = load(directory)
-        drawn = train_reward_model.draw(len(splits["train"]), script.max_train_samples, config.seed)
-        drawn_pairs = splits["train"].select(drawn)
-        splits["train"] = vary(variant, drawn_pairs, config.seed, script.model, metadata["max_length"])
+        drawn = splits["train"].select(draw(len(splits["train"]), options.max_train_samples, options.seed))
+        splits["train"] = vary(variant, drawn, options.seed, options.model, metadata["max_length"])
         if not len(splits["train"]):
             raise InputError(f"{variant} leaves no training pair")
         if variant in PROMPT_SHARES:
-            splits["validation"] = recut(splits["validation"], script.model, metadata["max_length"])
+            splits["validation"] = recut(splits["validation"], options.model, metadata["max_length"])
+        # Other data than those of the directory: no run may take a checkpoint of one for its own.
         identity = {name: f"{metadata[name]}, variant {variant}" for name in ("digest", "source")}
         return splits, {**metadata, **identity}
 
-    train_reward_model.load_processed = load_varied
-    train_reward_model.main()
+    processed.load_processed = load_varied
+    script["main"]()
 
 
 if __name__ == "__main__":

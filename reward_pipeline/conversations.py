@@ -28,6 +28,7 @@ CHUNK = 1024  # conversations that are tokenised at once
 MIN_MAX_LENGTH = 32  # tokens; below that a cut prompt could not keep its role headers, some 4 ids on either side
 
 ROLES = ("system", "user", "assistant")
+# A marker alone on its line, as HelpSteer2 writes them; one within a line is somebody's text about markers.
 TURN_MARKER = re.compile(r"^[ \t]*<extra_id_\d+>[ \t]*(System|User|Assistant)[ \t]*(?:\r?\n|\Z)", re.MULTILINE)
 STRAY_MARKER = re.compile(r"<extra_id_\d+>")
 DEFAULT_SYSTEM_PROMPT = re.compile(
@@ -195,7 +196,7 @@ def encode_batch(
     frames = []
     for prompt in prompts:
         messages = parse_prompt(prompt)
-        key = repr(messages)
+        key = repr(messages)  # the two answers of a pair share a prompt, rendered and tokenised once
         if key not in rendered:
             rendered[key] = _render(tokenizer, special, messages)
         frames.append(rendered[key])
@@ -318,6 +319,7 @@ def _segments(special: re.Pattern[str], text: str, guard: str) -> Frame:
         segments += [(False, text[position : match.start()]), (True, match[0])]
         position = match.end()
     segments.append((False, text[position:]))
+    # A segment's text is tokenised in one piece: template and content may share a token, such as two line breaks.
     return tuple((control, part.replace(guard, "")) for control, part in segments if part)
 
 

@@ -1,43 +1,63 @@
-"""`RewardModelEvaluator`: score, rank, filter and compare answers with reward models."""
+"""`RewardModelEvaluator`: score, rank, filter and compare answers with reward models.
 
-import itertools
+    evaluator = RewardModelEvaluator("./reward_model_output")
+    evaluator.get_reward_score("What is 2 + 2?", "4")
+    evaluator.compare_responses("What is 2 + 2?", ["Perhaps 5.", "4"])  # best first
+
+Higher is better; only differences between answers to one prompt have a meaning.
+"""
+
 import math
-from collections.abc import Sequence
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar, overload
 
 import numpy as np
 import torch
 from tqdm.auto import tqdm
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from reward_pipeline.conversations import Messages, encode_stream, first_refused, parse_prompt, response_text
+from reward_pipeline.conversations import (
+    Messages,
+    Prompt,
+    Response,
+    encode_stream,
+    first_refused,
+    parse_prompt,
+    response_text,
+)
 from reward_pipeline.devices import autocast, autocast_dtype, pick_device
-from reward_pipeline.files import InputError
+from reward_pipeline.files import InputError, first_line
 from reward_pipeline.form import response_length
-from reward_pipeline.models import inner_linear_layers, load_trained_reward_model
+from reward_pipeline.models import inner_linear_layers, load_trained_reward_model, trained_with_halved_prompts
 from reward_pipeline.prefix_sharing import share_prefixes
 from reward_pipeline.statistics import bootstrap_interval, paired_p_value, rate_interval, wins
 
 MODEL_PATH = "./reward_model_output"  # directory of the trained reward model
 BATCH_SIZE = 16  # conversations scored at once
 MAX_LENGTH = 1024  # tokens, for models whose config does not say what they were trained with
-CHUNK = 1024  # lines of --file in memory at once
-Prompt = str | Sequence[dict[str, str]]
+
+AnyResponse = TypeVar("AnyResponse", bound=Response)  # strings come back as strings, message lists as message lists
 
 
 class Member(NamedTuple):
     """One reward model of an evaluator."""
 
-    tokenizer: Any
-    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    model: PreTrainedModel
     max_length: int  # tokens
     mean: float  # of its rewards at training; 0 and 1 where they are not asked for
     std: float
     shares: bool  # whether it computes prefixes in common once
+    halve_prompt: bool  # whether it was trained with prompts cut as earlier versions did
 
 
 class RewardModelEvaluator:
-    """Scores answers with a reward model or an ensemble; a score does not depend on what else is in the batch.
+    """Scores answers with a reward model or an ensemble.
+
+    In fp32 a score does not depend on what else is in the batch, up to rounding (1e-5).
 
     An ensemble's reward is the mean of its members' rewards minus `std_penalty` standard deviations (population
     formula over the members), which is cautious where they disagree (uncertainty-weighted optimisation,
@@ -46,8 +66,9 @@ class RewardModelEvaluator:
     Args:
         model_path: directory of a trained reward model; several directories are an ensemble.
         device: where to compute; by default CUDA, then MPS, then CPU.
-        mixed_precision: compute in bf16 (fp16 on older GPUs) where the hardware has it: faster, and scores of a model
-            trained so move by less than 0.01. Off by default, so that scores are those of the plain fp32 model.
+        mixed_precision: compute in bf16 (fp16 on older GPUs) where the hardware has it: faster, but a score then also
+            depends on what else is in the batch, by up to some 0.01 (0.03 if the model was trained in fp32). Off by
+            default, so that scores are those of the plain fp32 model and can be repeated.
         normalize: shift and scale rewards by the mean and standard deviation that they had on the validation split of
             the training, each model by its own: 0 is then an average answer, 1 one standard deviation above it.
         std_penalty: standard deviations to subtract from the mean of an ensemble.
@@ -56,18 +77,19 @@ class RewardModelEvaluator:
         members: the models in the order given; `tokenizer`, `model` and `max_length` are those of the first.
 
     Raises:
-        InputError: a directory holds no complete one-label reward model, or, with `normalize`, no mean and deviation.
+        InputError: a directory holds no complete one-label reward model, or, with `normalize`, no mean and deviation;
+            the device is not there.
     """
 
     def __init__(
         self,
-        model_path: str | Sequence[str] = MODEL_PATH,
-        device: str | None = None,
+        model_path: str | Path | Sequence[str | Path] = MODEL_PATH,
+        device: str | torch.device | None = None,
         mixed_precision: bool = False,
         normalize: bool = False,
         std_penalty: float = 0.0,
     ):
-        self.device = torch.device(device) if device else pick_device()
+        self.device = pick_device() if device is None else present_device(device)
         self.dtype = autocast_dtype(self.device) if mixed_precision else None
         self.std_penalty = std_penalty
         paths = [model_path] if isinstance(model_path, str | Path) else list(model_path)
@@ -78,70 +100,100 @@ class RewardModelEvaluator:
 
     # --- scores
 
+    @overload
     def get_reward_score(
-        self, prompt: Prompt, response: str, max_length: int | None = None, with_std: bool = False
+        self, prompt: Prompt, response: Response, max_length: int | None = None, with_std: Literal[False] = False
+    ) -> float: ...
+    @overload
+    def get_reward_score(
+        self, prompt: Prompt, response: Response, max_length: int | None = None, *, with_std: Literal[True]
+    ) -> tuple[float, float]: ...
+    def get_reward_score(
+        self, prompt: Prompt, response: Response, max_length: int | None = None, with_std: bool = False
     ) -> float | tuple[float, float]:
         """Reward of one response. `prompt`: string, string with `<extra_id_1>` turns, or message list.
 
         With `with_std` also the spread of the ensemble's members (0 for a single model).
         """
-        result = self.get_reward_scores([prompt], [response], max_length=max_length, with_std=with_std)
-        return (result[0][0], result[1][0]) if with_std else result[0]
+        scores, stds = self.get_reward_scores([prompt], [response], max_length=max_length, with_std=True)
+        return (scores[0], stds[0]) if with_std else scores[0]
 
+    @overload
     def get_reward_scores(
         self,
         prompts: Sequence[Prompt],
-        responses: Sequence[str],
+        responses: Sequence[Response],
+        batch_size: int = ...,
+        max_length: int | None = ...,
+        progress: bool | Callable[[int], object] = ...,
+        with_std: Literal[False] = ...,
+    ) -> list[float]: ...
+    @overload
+    def get_reward_scores(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[Response],
+        batch_size: int = ...,
+        max_length: int | None = ...,
+        progress: bool | Callable[[int], object] = ...,
+        *,
+        with_std: Literal[True],
+    ) -> tuple[list[float], list[float]]: ...
+    def get_reward_scores(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[Response],
         batch_size: int = BATCH_SIZE,
         max_length: int | None = None,
-        progress: bool = False,
+        progress: bool | Callable[[int], object] = False,
         with_std: bool = False,
     ) -> list[float] | tuple[list[float], list[float]]:
         """Rewards of N (prompt, response) pairs, in input order.
 
         Args:
             prompts: N prompts, in any form that `get_reward_score` takes.
-            responses: N answers.
+            responses: N answers: strings, or message lists that end with the answer.
             batch_size: conversations per forward pass; they are sorted, so that little is padded and, on a CPU, the
                 prompt of several answers is computed once in a batch. Equal conversations are scored once.
             max_length: limit in tokens; by default the one of the training.
-            progress: show a progress bar.
+            progress: show a progress bar; or a function that is told after every batch how many of the N answers
+                were scored in it, once for each member of an ensemble.
             with_std: return the spread of the ensemble's members as a second list.
 
         Raises:
-            TypeError, ValueError: as `conversations.encode_batch`, or `batch_size` is below 1; InputError for a reward
-                that is not finite.
+            TypeError, ValueError: as `conversations.encode_batch`; `batch_size` is below 1, or `max_length` beyond the
+                positions of a member; InputError for a reward that is not finite.
         """
         scores = self.get_member_scores(prompts, responses, batch_size, max_length, progress)
         combined = self.combine(scores).tolist()
         return (combined, scores.std(axis=0).tolist()) if with_std else combined
 
+    @torch.inference_mode()
     def get_member_scores(
         self,
         prompts: Sequence[Prompt],
-        responses: Sequence[str],
+        responses: Sequence[Response],
         batch_size: int = BATCH_SIZE,
         max_length: int | None = None,
-        progress: bool = False,
+        progress: bool | Callable[[int], object] = False,
     ) -> np.ndarray:
         """(M, N) rewards by each of the M members, float64; arguments and errors as `get_reward_scores`."""
         if isinstance(prompts, str) or isinstance(responses, str):
             raise TypeError("get_reward_scores takes lists; for one response use get_reward_score")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, but must be at least 1")
-        return np.array(
-            [
-                self._score(
-                    member,
-                    prompts,
-                    responses,
-                    batch_size,
-                    member.max_length if max_length is None else max_length,
-                    progress,
-                )
-                for member in self.members
-            ]
-        ).reshape(len(self.members), len(responses))
+        scores = np.empty((len(self.members), len(responses)))
+        with tqdm(total=scores.size, desc="Scoring", unit=" answers", disable=progress is not True) as bar:
+            advance = progress if callable(progress) else bar.update
+            for row, member in zip(scores, self.members, strict=True):
+                limit = member.max_length if max_length is None else max_length
+                if limit > (most := positions(member.model)):
+                    raise ValueError(f"max_length is {limit}, but {member.model.name_or_path} takes {most} tokens")
+                encoded = encode_stream(member.tokenizer, prompts, responses, limit, halve_prompt=member.halve_prompt)
+                # As bytes they take a tenth of the memory, and big-endian ones sort as the numbers do.
+                inputs = [np.array(one.ids, ">i4").tobytes() for one in encoded]
+                row[:] = self._rewards(member, inputs, batch_size, advance)
+        return scores
 
     def combine(self, scores: np.ndarray) -> np.ndarray:
         """(N,) rewards of the ensemble from its members' (M, N)."""
@@ -149,12 +201,12 @@ class RewardModelEvaluator:
 
     # --- what scores are good for
 
-    def compare_responses(self, prompt: Prompt, responses: Sequence[str]) -> list[tuple[str, float]]:
+    def compare_responses(self, prompt: Prompt, responses: Sequence[AnyResponse]) -> list[tuple[AnyResponse, float]]:
         """The responses with their rewards, best first (equal ones in the order given)."""
         scores = self.get_reward_scores([prompt] * len(responses), responses)
         return sorted(zip(responses, scores, strict=True), key=lambda item: item[1], reverse=True)
 
-    def best_of_n(self, prompt: Prompt, responses: Sequence[str]) -> tuple[str, float]:
+    def best_of_n(self, prompt: Prompt, responses: Sequence[AnyResponse]) -> tuple[AnyResponse, float]:
         """The best of the responses and its reward (the first of equal ones).
 
         Raises:
@@ -165,8 +217,12 @@ class RewardModelEvaluator:
         return self.compare_responses(prompt, responses)[0]
 
     def filter_responses(
-        self, prompt: Prompt, responses: Sequence[str], min_score: float | None = None, top_k: int | None = None
-    ) -> list[tuple[str, float]]:
+        self,
+        prompt: Prompt,
+        responses: Sequence[AnyResponse],
+        min_score: float | None = None,
+        top_k: int | None = None,
+    ) -> list[tuple[AnyResponse, float]]:
         """Responses worth keeping with their rewards, best first.
 
         Args:
@@ -185,7 +241,7 @@ class RewardModelEvaluator:
         return [item for item in ranking if min_score is None or item[1] >= min_score][:top_k]
 
     def compare_models(
-        self, prompts: Sequence[Prompt], responses_a: Sequence[str], responses_b: Sequence[str]
+        self, prompts: Sequence[Prompt], responses_a: Sequence[Response], responses_b: Sequence[Response]
     ) -> dict[str, Any]:
         """A/B test of two models' answers to the same N prompts. Answers to equal prompts count as one cluster.
 
@@ -233,27 +289,20 @@ class RewardModelEvaluator:
 
     # --- how they come about
 
-    @torch.inference_mode()
-    def _score(
-        self,
-        member: Member,
-        prompts: Sequence[Prompt],
-        responses: Sequence[str],
-        batch_size: int,
-        max_length: int,
-        progress: bool,
+    def _rewards(
+        self, member: Member, inputs: list[bytes], batch_size: int, advance: Callable[[int], object]
     ) -> list[float]:
-        """Rewards by one member, in input order."""
-        encoded = encode_stream(member.tokenizer, prompts, responses, max_length)
-        # As bytes they take a tenth of the memory, and big-endian ones sort as the numbers do.
-        inputs = [np.array(one.ids, ">i4").tobytes() for one in encoded]
-        # Neighbours have much in common: the prompt, or at least the length.
-        distinct = sorted(dict.fromkeys(inputs), key=None if member.shares else len, reverse=True)
+        """Rewards of token ids (big-endian int32) by one member, in input order."""
+        times = Counter(inputs)
+        # Neighbours have much in common: the prompt, or at least the length. The longest come first: what does not fit
+        # into memory fails at once.
+        distinct = sorted(times, key=None if member.shares else len, reverse=True)
         scores: dict[bytes, float] = {}
-        for start in tqdm(range(0, len(distinct), batch_size), desc="Scoring", unit=" batches", disable=not progress):
+        for start in range(0, len(distinct), batch_size):
             batch = distinct[start : start + batch_size]
             rows = [np.frombuffer(ids, ">i4").tolist() for ids in batch]
             scores.update(zip(batch, self._forward(member.model, rows), strict=True))
+            advance(sum(times[ids] for ids in batch))
         if not all(map(math.isfinite, scores.values())):
             raise InputError(
                 f"{member.model.name_or_path}: returned a reward that is not finite; its weights are damaged: "
@@ -261,7 +310,7 @@ class RewardModelEvaluator:
             )
         return [(scores[ids] - member.mean) / member.std for ids in inputs]
 
-    def _forward(self, model, batch: list[list[int]]) -> list[float]:
+    def _forward(self, model: PreTrainedModel, batch: list[list[int]]) -> list[float]:
         """Rewards of token ids, padded on the right to the longest."""
         width = max(map(len, batch))
         pad = model.config.pad_token_id
@@ -273,21 +322,42 @@ class RewardModelEvaluator:
         return logits[:, 0].float().tolist()
 
 
+def present_device(name: str | torch.device) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        InputError: there is none, or this PyTorch can not use it.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)  # the way to ask that all kinds of devices have in common
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise InputError(f"device {name}: can not be used here ({first_line(error)})") from error
+    return device
+
+
+def positions(model: PreTrainedModel) -> int:
+    """Tokens that a model can read at most, as far as its config says."""
+    return getattr(model.config, "max_position_embeddings", sys.maxsize)
+
+
 def load_member(path: str, device: torch.device, dtype: torch.dtype | None, normalize: bool) -> Member:
     """Load one trained reward model, to compute in `dtype`; see `RewardModelEvaluator`."""
     tokenizer, model = load_trained_reward_model(path)
     mean, std = 0.0, 1.0
     if normalize:
-        mean, std = getattr(model.config, "reward_mean", None), getattr(model.config, "reward_std", None)
-        if mean is None or not std:
+        figures = [getattr(model.config, name, None) for name in ("reward_mean", "reward_std")]
+        if figures[0] is None or not figures[1]:
             raise InputError(f"{path}: config.json has no reward_mean and reward_std above 0, so no normalize=True")
-    longest = min(MAX_LENGTH, getattr(model.config, "max_position_embeddings", MAX_LENGTH))
-    max_length = getattr(model.config, "reward_max_length", longest)
+        mean, std = figures
+    max_length = getattr(model.config, "reward_max_length", min(MAX_LENGTH, positions(model)))
+    halve_prompt = trained_with_halved_prompts(model.config)
     shares = device.type == "cpu" and share_prefixes(model)
     if dtype:
         for layer in inner_linear_layers(model):
             layer.weight.data = layer.weight.to(dtype)  # once, and not by autocast in every batch
-    return Member(tokenizer, model.to(device), max_length, mean, std, shares)
+    model.to(device)  # type: ignore[arg-type]  # its wrapper in transformers loses the types of torch
+    return Member(tokenizer, model, max_length, mean, std, shares, halve_prompt)
 
 
 def check_templates(evaluator: RewardModelEvaluator, prompts: Sequence[Prompt], places: Sequence[str]) -> None:
@@ -296,10 +366,10 @@ def check_templates(evaluator: RewardModelEvaluator, prompts: Sequence[Prompt], 
     Raises:
         InputError: names the first place whose prompt is refused.
     """
-    for start, member in itertools.product(range(0, len(prompts), CHUNK), evaluator.members):
-        if refused := first_refused(member.tokenizer, prompts[start : start + CHUNK]):
+    for member in evaluator.members:
+        if refused := first_refused(member.tokenizer, prompts):
             index, reason = refused
-            raise InputError(f"{places[start + index]}: {member.model.name_or_path} can not read it: {reason}")
+            raise InputError(f"{places[index]}: {member.model.name_or_path} can not read it: {reason}")
 
 
 def check_prompt(prompt: str) -> None:

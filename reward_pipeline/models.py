@@ -22,6 +22,7 @@ from transformers import (
     AutoTokenizer,
     PreTrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     TokenizersBackend,
 )
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -69,6 +70,7 @@ def resolve_model(name: str = MODEL_NAME) -> ModelSource:
             raise InputError(f"{name}: no such directory, and the hub can not be reached to look there") from error
     version = packaged_version()
     if is_first_process():
+        # Q4_1 rounds: who compares figures with somebody else's has to know it.
         print(f"The hub can not be reached: using {MODEL_NAME} from the package {PACKAGE} {version}.")
     return ModelSource(str(converted_weights(version)), f"package {PACKAGE} {version} (Q4_1, dequantised)")
 
@@ -96,7 +98,7 @@ def converted_weights(version: str) -> Path:
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(target.with_name(f".{target.name}.converting")):
-                if not (target / CHECKSUMS).is_file():
+                if not (target / CHECKSUMS).is_file():  # nobody else did it while this process waited
                     convert_packaged_weights(target)
         except OSError as error:
             raise InputError(f"{target}: can not be written ({first_line(error)}); set HF_HOME") from error
@@ -132,7 +134,7 @@ def load_tokenizer(path: str) -> TokenizersBackend:
     tokenizer = _saved_tokenizer(path)
     if not tokenizer.chat_template:
         raise InputError(f"{path}: the tokenizer has no chat template; use an instruction-tuned model")
-    if not isinstance(tokenizer.chat_template, str):  # several, by name
+    if not isinstance(tokenizer.chat_template, str):  # several, by name: for tools, for retrieval
         tokenizer.chat_template = tokenizer.get_chat_template()
     tokenizer.chat_template = plain_template(tokenizer.chat_template)
     tokenizer.pad_token = padding_token(tokenizer, mark_control_tokens(tokenizer))
@@ -148,7 +150,7 @@ def _saved_tokenizer(path: str) -> TokenizersBackend:
     return _load(TokenizersBackend if (Path(path) / "tokenizer.json").is_file() else AutoTokenizer, path)
 
 
-def padding_token(tokenizer: TokenizersBackend, rendered: str) -> str:
+def padding_token(tokenizer: PreTrainedTokenizerBase, rendered: str) -> str:
     """The tokenizer's pad token, or another one where it has none or pads with the end of a turn.
 
     Args:
@@ -157,6 +159,8 @@ def padding_token(tokenizer: TokenizersBackend, rendered: str) -> str:
     Raises:
         InputError: no token can serve as padding.
     """
+    # A head reads the last token that is not padding: padded with the end of a turn, as SmolLM2 comes, it would read
+    # the one before, and another one in a batch than alone.
     if tokenizer.pad_token_id is not None and tokenizer.pad_token_id != tokenizer.eos_token_id:
         return tokenizer.pad_token
     added = [token.content for token in tokenizer.added_tokens_decoder.values() if token.special]
@@ -170,7 +174,7 @@ def padding_token(tokenizer: TokenizersBackend, rendered: str) -> str:
     return spare[0]
 
 
-def mark_control_tokens(tokenizer: TokenizersBackend) -> str:
+def mark_control_tokens(tokenizer: PreTrainedTokenizerBase) -> str:
     """Register what the chat template writes between the turns as special tokens, so that no text can contain them.
 
     Some tokenizers have them as ordinary added tokens, which are recognised in any text. White space stays ordinary.
@@ -226,6 +230,7 @@ def load_reward_model(path: str, pad_token_id: int, seed: int, dropout: float = 
         **dropouts,
         output_loading_info=True,
     )
+    # By identity, since architectures call their heads differently.
     if any(model.get_parameter(name) is reward_head(model).weight for name in info["missing_keys"]):
         with torch.no_grad():
             reward_head(model).weight.mul_(HEAD_SCALE)
@@ -260,7 +265,7 @@ def load_trained_reward_model(path: str) -> tuple[TokenizersBackend, PreTrainedM
         raise InputError(f"{path}: the tokenizer has no chat template, so prompts can not be formatted")
     rendered = mark_control_tokens(tokenizer)
     model, info = _load(AutoModelForSequenceClassification, path, dtype=torch.float32, output_loading_info=True)
-    if info["missing_keys"]:
+    if info["missing_keys"]:  # `transformers` would draw them at random and only warn
         raise InputError(f"{path}: has no trained reward head ({', '.join(sorted(info['missing_keys']))} missing)")
     if model.config.num_labels != 1:
         raise InputError(f"{path}: has {model.config.num_labels} labels, but a reward model has one")
@@ -341,14 +346,14 @@ def _load(auto_class: Any, path: str, **options: Any) -> Any:
         # be scaled, nor a saved model scored. The trainer divides them, and announces DeepSpeed again when it is made.
         unset_hf_deepspeed_config()
     try:
-        with quiet_transformers():
+        with quiet_transformers():  # `resolve_model` has downloaded all that there is
             return auto_class.from_pretrained(path, trust_remote_code=False, local_files_only=True, **options)
     except Exception as error:  # the libraries raise many types for a damaged or foreign directory
         raise InputError(f"{path}: can not be loaded ({type(error).__name__}: {first_line(error)})") from error
 
 
-def end_token_ids(model: PreTrainedModel, tokenizer: TokenizersBackend) -> list[int]:
+def end_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that end an answer, by the model's generation settings and by its tokenizer."""
-    configured = model.generation_config.eos_token_id
+    configured = model.generation_config.eos_token_id  # one, several or none: chat models often end with two
     configured = configured if isinstance(configured, list) else [configured]
     return sorted({each for each in (*configured, tokenizer.eos_token_id) if each is not None})

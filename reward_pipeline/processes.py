@@ -14,7 +14,7 @@ Outcome = TypeVar("Outcome")
 
 def run_script(main: Callable[[], None]) -> None:
     """Run `main`; an `InputError` or a full disk becomes one line on stderr and exit code 1, Ctrl-C exit code 130."""
-    outcome = None
+    outcome: str | int | None = None
     try:
         main()
     except InputError as error:
@@ -58,15 +58,16 @@ def together(act: Callable[[], Outcome], first_alone: bool = False) -> Outcome:
     from accelerate import PartialState
     from accelerate.utils import broadcast_object_list, gather_object
 
-    outcome, errors = None, []
+    outcomes: list[Outcome] = []
+    errors: list[InputError] = []
     if not first_alone or PartialState().is_main_process:
         try:
-            outcome = act()
+            outcomes = [act()]
         except InputError as error:
             errors = [error]
     if errors := gather_object(errors):
         raise errors[0]
-    return broadcast_object_list([outcome])[0] if first_alone else outcome
+    return broadcast_object_list(outcomes or [None])[0] if first_alone else outcomes[0]
 
 
 def close_process_group() -> None:

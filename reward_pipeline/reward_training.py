@@ -62,7 +62,9 @@ class PairTrainer(RewardTrainer):
         self.add_callback(Lines if self.args.disable_tqdm else Progress)
         self.add_callback(Checksums)
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
         places = inputs.pop("place", [])
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
         # The same answer in all processes, so that all of them stop.
@@ -70,7 +72,7 @@ class PairTrainer(RewardTrainer):
             self.refuse("loss", gather_object([] if loss.isfinite() else places))
         return (loss, outputs) if return_outputs else loss
 
-    def _get_grad_norm(self, model, grad_norm=None):
+    def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
         # Called before the weights are changed. In fp16 gradients overflow now and then, and such updates are skipped.
         norm = super()._get_grad_norm(model, grad_norm)
         if norm is not None and not math.isfinite(norm) and not self.args.fp16:
@@ -94,7 +96,7 @@ class PairTrainer(RewardTrainer):
             "the last checkpoint is kept; start over (--fresh) with a lower --learning_rate or without such pairs"
         )
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+    def prediction_step(self, model: Any, inputs: Any, prediction_loss_only: bool, ignore_keys: Any = None) -> Any:
         # TRL's own would return one logit an answer, the chosen and the rejected ones of a batch after each other. As
         # (pairs, 2) they can be gathered from uneven batches and processes, and each pair is counted once.
         inputs = self._prepare_inputs(inputs)
@@ -104,29 +106,29 @@ class PairTrainer(RewardTrainer):
         pairs = torch.stack(rewards, dim=1)  # (pairs, 2): chosen, rejected
         return loss.detach(), pairs, torch.zeros_like(pairs[:, 0])  # without labels no metrics would be computed
 
-    def log(self, logs, start_time=None):
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         # TRL would overwrite the accuracy of an evaluation with its own: a mean over batches, however uneven they are,
         # in which a tie counts as wrong.
         self._metrics["eval"].pop("accuracy", None)
         super().log(logs, start_time)
 
-    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         with named_errors(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
-    def _load_optimizer_and_scheduler(self, checkpoint):
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         with named_errors(checkpoint):
             super()._load_optimizer_and_scheduler(checkpoint)
 
-    def _load_best_model(self):
+    def _load_best_model(self) -> None:
         together(lambda: check_files(self.state.best_model_checkpoint, "--fresh starts over"), first_alone=True)
         super()._load_best_model()
 
-    def create_optimizer(self, *rest):
+    def create_optimizer(self, *rest: Any) -> Any:
         with refused_settings(ValueError, TypeError, ImportError):
             return super().create_optimizer(*rest)
 
-    def create_scheduler(self, *rest, **options):
+    def create_scheduler(self, *rest: Any, **options: Any) -> Any:
         with refused_settings(ValueError, TypeError):
             return super().create_scheduler(*rest, **options)
 
@@ -139,7 +141,7 @@ class PairTrainer(RewardTrainer):
         regular = step % self.args.save_steps == 0 or step >= self.state.max_steps
         return self.args.save_strategy != SaveStrategy.STEPS or regular
 
-    def _determine_best_metric(self, metrics, trial):
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         best = self.competes(self.state.global_step) and super()._determine_best_metric(metrics, trial)
         # With `--save_strategy best` the answer decides whether a checkpoint is saved: one that is stopped needs it.
         return best or self.control.should_training_stop
@@ -201,7 +203,7 @@ def refused_settings(*kinds: type[Exception]) -> Iterator[None]:
 class Checksums(TrainerCallback):
     """A checkpoint gets its checksums as soon as all processes have written their parts of it."""
 
-    def on_save(self, args, state, control, **kwargs):
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         PartialState().wait_for_everyone()
         if state.is_world_process_zero:
             write_checksums(Path(args.output_dir) / f"checkpoint-{state.global_step}")
@@ -218,15 +220,15 @@ class Watch(TrainerCallback):
         self.seconds, self.updates, self.started = 0.0, 0, 0.0
         self.updates_of_this_start = 0
 
-    def on_train_begin(self, args, state, control, **kwargs):
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for entry in state.log_history:
             if "update_seconds" in entry:
                 self.seconds, self.updates = entry["update_seconds"], entry["step"]
 
-    def on_step_begin(self, args, state, control, **kwargs):
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.started = time.perf_counter()
 
-    def on_step_end(self, args, state, control, **kwargs):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.seconds += time.perf_counter() - self.started
         self.updates += 1
         self.updates_of_this_start += 1
@@ -237,12 +239,12 @@ class Watch(TrainerCallback):
         if self.stop_requested():
             self.interrupted = control.should_save = control.should_training_stop = True
 
-    def on_epoch_end(self, args, state, control, **kwargs):
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if self.interrupted and state.global_step < state.max_steps and not state.epoch.is_integer():
             # Not the end of one: what an undisturbed run would not evaluate.
             control.should_evaluate = control.should_save = False
 
-    def on_log(self, args, state, control, logs, **kwargs):
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if "loss" in logs:
             state.log_history[-1]["update_seconds"] = self.seconds
 
@@ -250,7 +252,7 @@ class Watch(TrainerCallback):
 class Lines(TrainerCallback):
     """The log as lines."""
 
-    def on_log(self, args, state, control, logs=None, **kwargs):
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         if state.is_world_process_zero and (line := log_line(logs, state.global_step, state.max_steps)):
             tqdm.write(line)
 

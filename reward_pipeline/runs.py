@@ -228,7 +228,7 @@ def publish(staging: Path, output: Path) -> None:
         item.replace(output / item.name)
 
 
-def evaluation_directory(output: str | Path | None):
+def evaluation_directory(output: str | Path | None) -> contextlib.AbstractContextManager[Path | None]:
     """Context of `replace_directory` for the files of an evaluation; None stays None.
 
     Opened before the scoring, so that a directory that can not be written is found before the work is done.

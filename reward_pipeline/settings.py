@@ -142,7 +142,9 @@ class Parser(argparse.ArgumentParser):
         )
         (group or self).add_argument(f"--{name}", default=default, type=kind, help=help + shown, **options)
 
-    def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:
+    def parse_args(  # type: ignore[override]  # argparse has overloads for the type of the namespace
+        self, args: Sequence[str] | None = None, namespace: Any = None
+    ) -> argparse.Namespace:
         """The values of all flags; those of the command line come before those of `--config`.
 
         `--learning-rate` means `--learning_rate`, as in TRL.
@@ -154,8 +156,9 @@ class Parser(argparse.ArgumentParser):
         path = finder.parse_known_args(given)[0].config
         options, unknown = self.parse_known_args([*(self._of_file(path) if path else []), *given], namespace)
         if unknown:
-            close = difflib.get_close_matches(unknown[0].split("=")[0], self._option_string_actions, n=1)
-            self.error(f"{unknown[0]}: unknown flag; {f'did you mean {close[0]}?' if close else '--help lists all'}")
+            names = [each.removeprefix("--") for each in self._option_string_actions]  # that all begin so says nothing
+            close = difflib.get_close_matches(unknown[0].removeprefix("--").split("=")[0], names, n=1)
+            self.error(f"{unknown[0]}: unknown flag; {f'did you mean --{close[0]}?' if close else '--help lists all'}")
         return options
 
     def _underscored(self, argument: str) -> str:

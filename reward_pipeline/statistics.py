@@ -59,7 +59,7 @@ def bootstrap_interval(values: np.ndarray, groups: Sequence[Hashable] | None = N
         return None
     # The plain 2.5 and 97.5 % percentiles are too narrow for few groups: those of 5 normal values cover their mean in
     # 84 % of cases. Resamples spread by a factor sqrt((n - 1) / n) too little, and by the normal distribution where
-    # Student's is wider; so the percentiles move outwards by both (Hesterberg 2015, arXiv 1411.5279, section 5.2).
+    # Student's is wider; so the percentiles move outwards by both (Hesterberg 2015, arXiv 1411.5279).
     tail = scipy.stats.norm.cdf(-math.sqrt(count / (count - 1)) * scipy.stats.t.ppf(0.975, count - 1))
     interval = scipy.stats.bootstrap(
         (sums, sizes),  # drawn together, so that a mean is that of all values in the drawn groups

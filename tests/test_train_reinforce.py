@@ -14,10 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from accelerate.utils import LoggerType
+from accelerate import Accelerator
+from accelerate.utils import DistributedType, LoggerType
 from conftest import ROOT, names_of, parse, run_main, same_weights, torchrun, weights
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from reward_pipeline import devices, evaluator, reinforce, rollouts
@@ -220,8 +221,8 @@ def test_a_bandit_climbs_to_near_its_maximum(run, monkeypatch, baseline, dtype):
         RewardModelEvaluator, "get_reward_scores", lambda self, prompts, texts, **_: [text.count("c") for text in texts]
     )
     output = run(
-        "--completions_per_step", 32, "--micro_batch_size", 32, "--steps", 60, "--save_steps", 100, "--baseline",
-        baseline, "--kl_coefficient", 0, "--missing_eos_penalty", 0, "--learning_rate", 2e-2,
+        "--completions_per_step", 32, "--micro_batch_size", 32, "--steps", 40, "--save_steps", 100, "--baseline",
+        baseline, "--kl_coefficient", 0, "--missing_eos_penalty", 0, "--learning_rate", 3e-2,
     )  # fmt: skip
     scores = [entry["score"] for entry in timeless(output)]
     assert scores[0] < 1.5 and np.mean(scores[-5:]) > 4.5
@@ -340,15 +341,13 @@ def test_a_killed_run_ends_as_an_undisturbed_one(run, finished, toy, tmp_path):
 # --- spoiled policies ------------------------------------------------------------------------------------------------
 
 
-def test_an_exploding_kl_stops_with_the_last_good_checkpoint_kept(run, refused, finished, tmp_path):
-    kl = [entry["kl"] for entry in timeless(finished)]
-    broken = next(step for step in range(2, 5) if kl[step - 1] > max(kl[: step - 1]) > 0)  # the first that can be
-    limit = (kl[broken - 1] + max(kl[: broken - 1])) / 2
-    message = refused("--save_steps", 1, "--max_kl", limit)
-    assert f"update {broken}: the mean KL" in message and "--learning_rate" in message
-    # This update starts from the policy after the one before, so that one is spoiled.
-    saved = [path.name for path in (tmp_path / "policy" / "checkpoints").glob("checkpoint-*")]
-    assert saved == [f"checkpoint-{step}" for step in range(max(1, broken - 2), broken - 1)]
+def test_an_exploding_kl_stops_with_the_last_good_checkpoint_kept(refused, tmp_path, monkeypatch):
+    real, kl = reinforce.step_figures, iter([0.0, 10.0, 20.0])
+    monkeypatch.setattr(reinforce, "step_figures", lambda *rest: real(*rest) | {"kl": next(kl)})
+    message = refused("--save_steps", 1, "--max_kl", 15)
+    assert "update 3: the mean KL is 20.0 nats, above --max_kl 15" in message and "--learning_rate" in message
+    # Update 3 starts from the policy after update 2, so that one is spoiled.
+    assert [path.name for path in (tmp_path / "policy" / "checkpoints").glob("checkpoint-*")] == ["checkpoint-1"]
     assert not (tmp_path / "policy" / "config.json").exists()
 
 
@@ -367,8 +366,14 @@ def test_a_spoiled_last_update_is_removed(run, refused, finished, monkeypatch):
 
 
 def test_logits_that_are_not_finite_stop_the_run(refused, tmp_path):
-    message = refused("--learning_rate", "1e37", "--save_steps", 1)
-    assert "the policy's logits are not finite at" in message and "pairs.jsonl row" in message
+    def spoil(optimizer, *rest):
+        with torch.no_grad():
+            optimizer.param_groups[0]["params"][0].fill_(math.nan)
+
+    hook = register_optimizer_step_post_hook(spoil)
+    message = refused("--save_steps", 1)
+    hook.remove()
+    assert "the policy's logits are not finite at" in message and message.count("pairs.jsonl row") == 6
     assert "--learning_rate" in message
     assert not list((tmp_path / "policy" / "checkpoints").glob("checkpoint-*"))
 
@@ -434,8 +439,15 @@ def test_two_processes_do_what_one_does(toy, tmp_path, monkeypatch):
     assert done.stdout.count("7 unseen prompts") == 1
     results = [json.loads((tmp_path / each / "evaluation.json").read_text()) for each in ("one", "two")]
     assert results[1]["reward_before"] == pytest.approx(results[0]["reward_before"], abs=1e-3)
-    message = torchrun(2, script, *flags(toy, tmp_path / "odd", "--completions_per_step", 5), fails=True).stderr
-    assert "--completions_per_step 5 can not be divided among 2 processes" in message
+
+
+@pytest.mark.parametrize(("name", "value", "message"), [
+    ("num_processes", 4, "--completions_per_step 6 can not be divided among 4 processes"),
+    ("distributed_type", DistributedType.FSDP, "FSDP: completions are sampled from whole models; use DDP"),
+])  # fmt: skip
+def test_processes_that_can_not_share_the_work_are_refused(refused, monkeypatch, name, value, message):
+    monkeypatch.setattr(Accelerator, name, value)
+    assert message in refused()
 
 
 # --- bad input -------------------------------------------------------------------------------------------------------
@@ -520,6 +532,7 @@ def test_a_second_run_into_one_directory_is_refused(refused, tmp_path):
         *((f"--{name}", "0") for name in ("learning_rate", "max_kl")),
         *((f"--{name}", "-1") for name in ("warmup_steps", "kl_coefficient", "missing_eos_penalty", "seed")),
         *((f"--{name}", bad) for name in ("learning_rate", "kl_coefficient", "max_kl") for bad in ("nan", "inf")),
+        ("--learning_rate", "3e38"),
         ("--seed", "99999999999999999999"),
         ("--steps", "2.5"),
         ("--max_prompt_length", "5"),
