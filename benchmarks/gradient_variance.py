@@ -52,6 +52,11 @@ def read_run(directory: Path) -> tuple[argparse.Namespace, dict[str, float]]:
     return options, state
 
 
+def computing_type(device: torch.device) -> torch.dtype | None:
+    """As in `train_reinforce.py`, which takes no fp16."""
+    return torch.bfloat16 if autocast_dtype(device) is torch.bfloat16 else None
+
+
 def gradients(
     run: Run,
     judge: RewardModelEvaluator,
@@ -61,8 +66,7 @@ def gradients(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """g(0) and h, (P,) each, of one completion of the batch, as `train_reinforce.py` takes its gradient."""
     device, parameters = run.policy.device, list(run.policy.parameters())
-    dtype = torch.bfloat16 if autocast_dtype(device) is torch.bfloat16 else None
-    seed = reinforce.step_seed(options.seed, 0, rollout)
+    dtype, seed = computing_type(device), reinforce.step_seed(options.seed, 0, rollout)
     completions = rollouts.sample(run.policy, run.tokenizer, prompts, run.sampling, dtype, seed)
     scores = judge.get_reward_scores([prompt.messages for prompt in prompts], completions.texts)
     scores = torch.tensor(scores, dtype=torch.float32, device=device)

@@ -1,13 +1,13 @@
 """The usual recipe, for comparison: the same pairs, seed and number of updates, prepared the way most public code does.
 
-What it does differently from `train_reward_model.py`: default system prompt in every conversation, prompt and answer
-joined and cut on the right to the same number of tokens, pad token = end-of-turn token, head as drawn and rounded to
-bf16, no centering, and the last state of the training instead of the best checkpoint. `--parts` takes any of the first
-four over from this project, one by one, and the tokenizer:
+What it does differently from `train_reward_model.py`: the tokenizer by the class that its config names, default system
+prompt in every conversation and a line break at its end, prompt and answer joined and cut on the right to the same
+number of tokens, pad token = end-of-turn token, head as drawn and rounded to bf16, no centering, and the last state of
+the training instead of the best checkpoint. `--parts` takes any of these but the last over from this project:
 
-    length_rule  prompt and answer cut separately         template  no default system prompt
+    length_rule  prompt and answer cut separately         template  no default system prompt, the end token is the last
     pad_token    pad is not the end of a turn             head      small fp32 head, centering
-    tokenizer    the steps of `tokenizer.json`, whatever class the config names: on the hub SmolLM2's splits no digits
+    tokenizer    the steps of its `tokenizer.json`: on the hub, SmolLM2's config names a class that splits no digits
 
 In:  `processed_helpsteer/` (texts, split and `max_length` of it) and the settings of `train_reward_model.py`.
 Out: figures on the whole validation split on the terminal and, with `--output`, as `evaluate_reward_model.py` does.
@@ -71,6 +71,7 @@ def tokenize(pairs: Dataset, tokenizer, max_length: int, parts: list[str]) -> Da
     return pairs.map(
         lambda row: {f"{side}_ids": ids(row, side) for side in ("chosen", "rejected")},
         remove_columns=pairs.column_names,
+        keep_in_memory=True,  # `datasets` would leave a file beside the prepared data
         desc="Tokenising",
     )
 

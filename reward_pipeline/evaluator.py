@@ -346,7 +346,7 @@ def load_member(path: str, device: torch.device, dtype: torch.dtype | None, norm
     tokenizer, model = load_trained_reward_model(path)
     mean, std = 0.0, 1.0
     if normalize:
-        figures = [getattr(model.config, name, None) for name in ("reward_mean", "reward_std")]
+        figures: list[Any] = [getattr(model.config, name, None) for name in ("reward_mean", "reward_std")]
         if figures[0] is None or not figures[1]:
             raise InputError(f"{path}: config.json has no reward_mean and reward_std above 0, so no normalize=True")
         mean, std = figures
@@ -356,8 +356,7 @@ def load_member(path: str, device: torch.device, dtype: torch.dtype | None, norm
     if dtype:
         for layer in inner_linear_layers(model):
             layer.weight.data = layer.weight.to(dtype)  # once, and not by autocast in every batch
-    model.to(device)  # type: ignore[arg-type]  # its wrapper in transformers loses the types of torch
-    return Member(tokenizer, model, max_length, mean, std, shares, halve_prompt)
+    return Member(tokenizer, model.to(device), max_length, mean, std, shares, halve_prompt)
 
 
 def check_templates(evaluator: RewardModelEvaluator, prompts: Sequence[Prompt], places: Sequence[str]) -> None:

@@ -142,7 +142,9 @@ def into_tree(
     cached = given.pop("use_cache", config.use_cache)
     if cached or given or len(args) > 1 or config.output_hidden_states or config.output_attentions:
         return None
-    if ids is None or mask is None or mask.shape != ids.shape or ids.device.type != "cpu":
+    if not (isinstance(ids, torch.Tensor) and isinstance(mask, torch.Tensor)):  # a mask may be a dictionary of several
+        return None
+    if mask.shape != ids.shape or ids.device.type != "cpu":
         return None
     kept = mask.bool()
     starts = kept & ~torch.nn.functional.pad(kept, (1, -1))

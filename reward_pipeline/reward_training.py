@@ -43,7 +43,7 @@ from reward_pipeline.statistics import wins
 
 MIN_WARMUP_UPDATES = 20  # shorter runs start at the full learning rate
 READ_AT_ONCE = 10_000  # pairs whose tokens are counted
-SETTLED_UPDATES = 3  # after which the speed of a run can be told
+WARM_UPDATES = 3  # the first ones are slower, on a GPU several times; the speed is told by as many after them
 
 # --- the trainer -----------------------------------------------------------------------------------------------------
 
@@ -218,7 +218,7 @@ class Watch(TrainerCallback):
     def __init__(self, stop_requested: Callable[[], bool]):
         self.stop_requested, self.interrupted = stop_requested, False
         self.seconds, self.updates, self.started = 0.0, 0, 0.0
-        self.updates_of_this_start = 0
+        self.updates_of_this_start, self.warm_seconds = 0, 0.0
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         for entry in state.log_history:
@@ -233,8 +233,10 @@ class Watch(TrainerCallback):
         self.updates += 1
         self.updates_of_this_start += 1
         left = state.max_steps - state.global_step
-        if self.updates_of_this_start == SETTLED_UPDATES and left and state.is_world_process_zero:
-            expected = duration(left * self.seconds / self.updates)
+        if self.updates_of_this_start == WARM_UPDATES:
+            self.warm_seconds = self.seconds
+        if self.updates_of_this_start == 2 * WARM_UPDATES and left and state.is_world_process_zero:
+            expected = duration(left * (self.seconds - self.warm_seconds) / WARM_UPDATES)
             tqdm.write(f"expected       {expected} for the other {left:,} updates, evaluations not counted")
         if self.stop_requested():
             self.interrupted = control.should_save = control.should_training_stop = True

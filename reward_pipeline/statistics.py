@@ -11,6 +11,8 @@ Z_95 = 1.959964  # standard normal quantile of a two-sided 95 % interval
 TIE = 1e-6  # rewards of one and the same input can differ by rounding, depending on its place in the batch
 CHUNK_DRAWS = 2**20  # random numbers in memory at once
 
+Groups = Sequence[Hashable] | np.ndarray  # labels, one a value
+
 
 def wins(scores: np.ndarray, others: np.ndarray) -> np.ndarray:
     """(N,) 1 where the score is higher than the other one, 0.5 where both are equal up to `TIE`, else 0."""
@@ -18,7 +20,7 @@ def wins(scores: np.ndarray, others: np.ndarray) -> np.ndarray:
     return np.where(np.abs(margin) <= TIE, 0.5, (margin > 0).astype(float))
 
 
-def rate_interval(values: np.ndarray, groups: Sequence[Hashable] | None = None) -> list[float] | None:
+def rate_interval(values: np.ndarray, groups: Groups | None = None) -> list[float] | None:
     """95 % interval of a share: `bootstrap_interval`, and Wilson's where all groups are alike, such as 12 wins of 12.
 
     Resamples of groups that do not differ do not either. Wilson's then takes each group as one observation.
@@ -40,7 +42,7 @@ def wilson_interval(share: float, n: int) -> list[float]:
     return [max(0.0, centre - half), min(1.0, centre + half)]
 
 
-def bootstrap_interval(values: np.ndarray, groups: Sequence[Hashable] | None = None) -> list[float] | None:
+def bootstrap_interval(values: np.ndarray, groups: Groups | None = None) -> list[float] | None:
     """95 % bootstrap interval of the mean by expanded percentiles, drawing whole groups where they are given.
 
     Pairs that share a prompt are not independent; drawn one by one they would make the interval too narrow
@@ -75,7 +77,7 @@ def bootstrap_interval(values: np.ndarray, groups: Sequence[Hashable] | None = N
     return [float(interval.low), float(interval.high)]
 
 
-def paired_p_value(differences: np.ndarray, groups: Sequence[Hashable] | None = None) -> float:
+def paired_p_value(differences: np.ndarray, groups: Groups | None = None) -> float:
     """Two-sided p-value of the mean difference by a sign-flip permutation test; a group's values flip together."""
     sums, _ = group_sums(differences, groups)
     if len(sums) < 2:
@@ -92,7 +94,7 @@ def paired_p_value(differences: np.ndarray, groups: Sequence[Hashable] | None = 
     return float(result.pvalue)
 
 
-def group_sums(values: np.ndarray, groups: Sequence[Hashable] | None) -> tuple[np.ndarray, np.ndarray]:
+def group_sums(values: np.ndarray, groups: Groups | None) -> tuple[np.ndarray, np.ndarray]:
     """Sum and number of the values in each group."""
     values = np.asarray(values, float)
     if groups is None:

@@ -87,6 +87,7 @@ def classes(package: str, module: str) -> tuple[ast.ClassDef, ...]:
     return tuple(each for each in ast.parse(source.read_text("utf-8")).body if isinstance(each, ast.ClassDef))
 
 
+@cache
 def fields(configuration: tuple[tuple[str, str, str], ...]) -> dict[str, Field]:
     """The fields of a dataclass and of those that it inherits from, by name."""
     found = {}

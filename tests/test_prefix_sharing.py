@@ -196,6 +196,13 @@ def test_embeddings_and_a_continued_cache_are_those_of_the_plain_model():
     assert torch.equal(plain, continued)
 
 
+def test_masks_by_kind_of_attention_are_heeded():
+    model = new_model("qwen2")
+    masks = {"full_attention": torch.ones(5, 1, 9, 9).tril().bool()}
+    inputs = batch() | {"attention_mask": masks}
+    assert torch.equal(rewards(sharing(model), **inputs), rewards(model, **inputs))
+
+
 def test_settings_of_the_config_are_heeded():
     model = new_model()
     model.config.output_hidden_states = True

@@ -180,13 +180,16 @@ def test_tokens_are_those_of_both_sides(monkeypatch):
 
 
 def test_the_expected_time_is_told_once_the_speed_is_known(monkeypatch, capsys):
-    clock = iter(range(100))
-    monkeypatch.setattr(reward_training.time, "perf_counter", lambda: 60 * next(clock))
+    clock = {"now": 0.0}
+    monkeypatch.setattr(reward_training.time, "perf_counter", lambda: clock["now"])
     watch = reward_training.Watch(lambda: False)
     state = SimpleNamespace(log_history=[], max_steps=10, global_step=0, is_world_process_zero=True)
     watch.on_train_begin(None, state, None)
-    for step in range(1, 7):
+    for step in range(1, 9):
         watch.on_step_begin(None, state, None)
+        clock["now"] += 600 if step <= 3 else 60  # the first ones are slow
         state.global_step = step
         watch.on_step_end(None, state, None)
-    assert capsys.readouterr().out == "expected       7 min for the other 7 updates, evaluations not counted\n"
+        clock["now"] += 5000  # an evaluation
+    assert capsys.readouterr().out == "expected       4 min for the other 4 updates, evaluations not counted\n"
+    assert watch.seconds == 3 * 600 + 5 * 60

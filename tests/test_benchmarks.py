@@ -1,0 +1,408 @@
+"""The quality benchmarks: the usual recipe, variants, and comparisons of runs."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pandas
+import pytest
+import torch
+from conftest import make_pairs, parse, run_main
+from datasets import Dataset
+from test_pair_metrics import random_columns
+from transformers import AutoTokenizer
+
+from benchmarks import compare_runs, gradient_variance, measure, naive_recipe, reinforce_speed, remove_length, variants
+from reward_pipeline import (
+    cards,
+    conversations,
+    models,
+    prefix_sharing,
+    reinforce,
+    reward_training,
+    rollouts,
+)
+from reward_pipeline import (
+    processed as processed_room,
+)
+from reward_pipeline.evaluator import RewardModelEvaluator
+from reward_pipeline.files import InputError
+from reward_pipeline.pair_metrics import pair_metrics
+from reward_pipeline.processed import load_processed
+
+
+@pytest.fixture(autouse=True)
+def without_plots(monkeypatch):
+    """Pictures cost more than a training of this size."""
+    monkeypatch.setattr(cards, "plot_evaluation", lambda *rest: [])
+    monkeypatch.setattr(reward_training, "plot_curves", lambda *rest: None)
+
+
+# --- the usual recipe ------------------------------------------------------------------------------------------------
+
+
+def test_the_naive_recipe_runs_on_the_same_pairs(monkeypatch, processed, tiny_model, tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
+    row = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+    row["prompt"] = [{"role": "user", "content": "word " * 100}]
+    cut = [naive_recipe.joined_ids(tokenizer, row, side, 64) for side in ("chosen", "rejected")]
+    assert cut[0] == cut[1] and len(cut[0]) == 64  # what the length rule is there to prevent
+    for parts in ([], ["--parts", *naive_recipe.PARTS]):
+        flags = ["--data", processed, "--model", tiny_model, "--output", tmp_path / "naive", *parts]
+        run_main("benchmarks/naive_recipe", monkeypatch, *flags)
+        metrics = json.loads((tmp_path / "naive" / "metrics.json").read_text())
+        assert (metrics["n"], metrics["train_pairs"], metrics["identical_after_cut"]) == (8, 32, 0)
+    assert metrics["parts"] == list(naive_recipe.PARTS)
+
+
+def test_every_part_of_the_recipe_is_ours(smollm, tokenizer, prepared):
+    pairs, _ = load_processed(str(prepared))
+    parts = list(naive_recipe.PARTS)
+    theirs = naive_recipe.load_naive_tokenizer(smollm, parts)
+    assert theirs.pad_token_id == tokenizer.pad_token_id
+    tokenized = naive_recipe.tokenize(pairs["validation"], theirs, 64, parts)
+    assert list(tokenized["chosen_ids"]) == list(pairs["validation"]["chosen_ids"])
+    usual = naive_recipe.tokenize(pairs["validation"], naive_recipe.load_naive_tokenizer(smollm, []), 64, [])
+    assert all(ids != own for ids, own in zip(usual["chosen_ids"], tokenized["chosen_ids"], strict=True))
+
+
+# --- variants --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rooms(monkeypatch):
+    """Sets back what a variant replaces, at the end and when it is called."""
+    replaced = [(conversations, "PROMPT_SHARE"), (models, "HEAD_SCALE"), (reward_training, "PairTrainer")]
+    replaced += [(prefix_sharing, "share_prefixes"), (processed_room, "load_processed")]
+    own = [(room, name, getattr(room, name)) for room, name in replaced]
+
+    def set_back():
+        for each in own:
+            monkeypatch.setattr(*each)
+
+    set_back()
+    return set_back
+
+
+def answer(text: str) -> list[dict]:
+    return [{"role": "assistant", "content": text}]
+
+
+def test_variants_change_the_training_pairs(prepared):
+    pairs = Dataset.from_list(
+        [
+            {
+                "chosen": answer("x" * size),
+                "rejected": answer("y" * 10),
+                "chosen_rating": 2.0,
+                "rejected_rating": rating,
+            }
+            for size, rating in [(20, 1.6), (20, 1.0), (20, 0.0), (5, 1.8)]
+        ]
+    )
+
+    def vary(name):
+        return variants.vary(name, pairs, 0, "", 64)
+
+    assert vary("rating_margin")["margin"] == pytest.approx([0.4, 1.0, 2.0, 0.2])
+    assert vary("no_near_ties")["rejected_rating"] == [1.0, 0.0]
+    assert sorted(len(turns[0]["content"]) for turns in vary("length_balanced")["chosen"]) == [5, 20]
+    # Three of four pairs have the longer answer chosen, by the same ratio of 2: sigmoid(b log 2) = 3 / 4.
+    coefficient = math.log(3) / math.log(2)
+    assert vary("length_expert")["margin"][:1] == pytest.approx([-coefficient * math.log(2)], abs=1e-4)
+
+    unrated, _ = load_processed(str(prepared))
+    with pytest.raises(InputError, match="needs ratings"):
+        variants.vary("rating_margin", unrated["train"], 0, "", 64)
+
+
+def test_a_variant_trains_other_weights_and_is_other_data(monkeypatch, tiny_model, tmp_path, train, rooms, write_jsonl):
+    # Prompts of more than a quarter of the 64 tokens and less than half, and answers that do not fit.
+    longer = [{**pair, **{side: pair[side] * 5 for side in ("chosen", "rejected")}} for pair in make_pairs(40)]
+    flags = ["--source", write_jsonl(longer), "--model", tiny_model, "--output", tmp_path / "long"]
+    run_main("load_helpsteer_dataset", monkeypatch, *flags, "--max_length", "64")
+
+    def keep_weights(trainer, *rest):
+        trained.append({name: each.clone() for name, each in trainer.model.state_dict().items()})
+        raise measure.Over  # nothing is saved
+
+    trained = []
+    monkeypatch.setattr(reward_training, "save_trained", keep_weights)
+    flags = train.arguments(tmp_path / "out", "--data", tmp_path / "long", "--eval_strategy", "no")
+    flags += ["--save_strategy", "no", "--load_best_model_at_end", "false", "--max_steps", "1"]
+    with pytest.raises(measure.Over):
+        measure.run("train_reward_model", *flags)
+    for variant in ("length_expert", "large_head", "lm_loss", "prompt_quarter"):
+        rooms()
+        monkeypatch.setattr("sys.argv", ["variants.py", variant, *flags])
+        with pytest.raises(measure.Over):
+            variants.main()
+        _, metadata = processed_room.load_processed(str(tmp_path / "long"))
+        assert all(metadata[name].endswith(f", variant {variant}") for name in ("digest", "source"))
+        assert any(not torch.equal(each, trained[-1][name]) for name, each in trained[0].items())
+
+    # No prompt here is long enough to be cut at three quarters.
+    pairs = load_processed(str(tmp_path / "long"))[0]["validation"]
+    for share, same in ((0.75, True), (0.25, False)):
+        monkeypatch.setattr(conversations, "PROMPT_SHARE", share)
+        recut = variants.recut(pairs, tiny_model, 64)
+        assert recut.features.keys() == pairs.features.keys() and max(map(len, recut["chosen_ids"])) == 64
+        assert (list(recut["chosen_ids"]) == list(pairs["chosen_ids"])) == same
+
+
+@pytest.mark.parametrize("variant", variants.VARIANTS)
+def test_variants_refuse_a_stream(variant, monkeypatch, rooms):
+    monkeypatch.setattr("sys.argv", ["variants.py", variant, "--streaming", "sample", "--max_steps", "1"])
+    with pytest.raises(InputError, match="--streaming"):
+        variants.main()
+
+
+# --- comparisons of runs ---------------------------------------------------------------------------------------------
+
+
+def write_run(columns, directory) -> None:
+    directory.mkdir()
+    cards.write_evaluation(columns, pair_metrics(columns), directory)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Columns of two evaluated runs, and the directory that they are in; tests leave both as they are."""
+    directory = tmp_path_factory.mktemp("runs")
+    columns = {"first": random_columns(), "second": random_columns()}
+    columns["second"]["chosen_reward"] = columns["second"]["chosen_reward"] + 1
+    columns["first"]["chosen"] = np.array(["1", '"', "two\nlines, and\ra comma", *["x"] * 397], dtype=object)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cards, "plot_evaluation", lambda *rest: [])
+        for name, each in columns.items():
+            write_run(each, directory / name)
+    return columns, directory
+
+
+def test_rewards_are_read_as_they_were_written(runs):
+    columns, directory = runs
+    again = compare_runs.read_columns(str(directory / "first"))
+    assert again.keys() == compare_runs.NEEDED
+    for name, values in again.items():
+        np.testing.assert_array_equal(values, columns["first"][name])
+
+
+def test_runs_are_compared_pair_by_pair(runs, monkeypatch, capsys):
+    columns, directory = runs
+    accuracy = [pair_metrics(each)["accuracy"] for each in columns.values()]
+    first, second = compare_runs.compare(columns)
+    assert first[0] == "first" and first[3] == ""
+    assert second[3].startswith(f"{accuracy[1] - accuracy[0]:+.3f} (")
+    low, high = second[3].split("(")[1].rstrip(")").split(" to ")
+    assert 0 < float(low) < accuracy[1] - accuracy[0] < float(high)
+    run_main("benchmarks/compare_runs", monkeypatch, directory / "first", directory / "second")
+    printed = capsys.readouterr().out
+    assert all(cell in printed for cell in (*first[1:], *second[1:]))
+
+
+def test_runs_on_other_pairs_are_refused(runs):
+    columns, _ = runs
+    with pytest.raises(InputError, match="other pairs than first"):
+        compare_runs.compare({**columns, "second": random_columns(seed=1)})
+
+
+def test_a_run_without_rewards_is_named(tmp_path):
+    with pytest.raises(InputError, match=r"no readable rewards\.csv"):
+        compare_runs.read_columns(str(tmp_path))
+    (tmp_path / "rewards.csv").write_text("prompt_key,chosen_reward\n1,0.5\n")
+    with pytest.raises(InputError, match="no column category"):
+        compare_runs.read_columns(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "column, value",
+    [
+        ("chosen_reward", ""), ("rejected_reward", "high"), ("chosen_reward", "True"), ("rejected_reward", "inf"),
+        ("chosen_length", "nan"), ("rejected_length", ""),
+    ],
+)  # fmt: skip
+def test_what_is_no_number_is_named_with_its_line(tmp_path, column, value, monkeypatch):
+    path = tmp_path / "run" / "rewards.csv"
+    path.parent.mkdir()
+    table = pandas.DataFrame(random_columns(20)).astype(str)
+    table.loc[4, "category"] = "two\nlines"
+    table.loc[5, "chosen"] = "x" * 200_000
+    table.loc[7:9, column] = value
+    table.to_csv(path, index=False)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([*lines[:3], "", *lines[3:]]) + "\n")
+    with pytest.raises(SystemExit) as ended:
+        run_main("benchmarks/compare_runs", monkeypatch, path.parent)
+    # Line 1 is the header, so row 7 would be line 9, but for the empty line and the category in two lines.
+    assert f"{path}, line 11: {column} is {value!r}, not a number; evaluate" in ended.value.code
+
+
+def test_rewards_that_are_all_text_are_named(tmp_path):
+    path = tmp_path / "rewards.csv"
+    pandas.DataFrame(random_columns(20)).assign(rejected_reward="x").to_csv(path, index=False)
+    with pytest.raises(InputError, match="line 2: rejected_reward is 'x'"):
+        compare_runs.read_columns(str(tmp_path))
+
+
+# --- rewards without length ------------------------------------------------------------------------------------------
+
+
+def with_length_term(slope: float):
+    """Columns whose rewards are noise plus `slope` times log(characters), and the noise."""
+    columns = random_columns()
+    noise = {side: columns[f"{side}_reward"] for side in remove_length.SIDES}
+    for side in remove_length.SIDES:
+        columns[f"{side}_reward"] = noise[side] + slope * np.log(columns[f"{side}_length"])
+    return columns, noise
+
+
+def test_the_term_is_taken_out_again():
+    columns, noise = with_length_term(50.0)
+    margins = noise["chosen"] - noise["rejected"]
+    corrected = remove_length.without_length(columns)
+    found = corrected["chosen_reward"] - corrected["rejected_reward"]
+    # What is left of the slope is what noise and length have in common by chance.
+    assert np.corrcoef(found, margins)[0, 1] > 0.95
+    assert np.corrcoef(columns["chosen_reward"] - columns["rejected_reward"], margins)[0, 1] < 0.7
+
+
+def test_no_pair_is_judged_by_a_term_fitted_to_it():
+    columns, _ = with_length_term(2.0)
+    first = remove_length.halves(columns["prompt_key"])
+    assert 0.2 < first.mean() < 0.8
+    changed = {**columns, "chosen_reward": np.where(first, columns["chosen_reward"] * 3, columns["chosen_reward"])}
+    before, after = remove_length.without_length(columns), remove_length.without_length(changed)
+    difference = after["rejected_reward"] - before["rejected_reward"]
+    assert not difference[first].any() and difference[~first].all()
+
+
+def test_the_halves_share_no_prompt():
+    keys = np.repeat(np.arange(50), 3)
+    first = remove_length.halves(keys)
+    assert not set(keys[first]) & set(keys[~first]) and first.sum() == 75
+
+
+def test_the_result_is_a_run_to_compare(tmp_path, monkeypatch):
+    columns, _ = with_length_term(2.0)
+    write_run(columns, tmp_path / "run")
+    run_main("benchmarks/remove_length", monkeypatch, tmp_path / "run", tmp_path / "corrected")
+    corrected = compare_runs.read_columns(str(tmp_path / "corrected"))
+    expected = remove_length.without_length(columns)
+    assert corrected["chosen_reward"] == pytest.approx(expected["chosen_reward"], abs=1e-9)
+    assert (corrected["prompt_key"] == columns["prompt_key"]).all()
+
+
+def test_a_reward_that_is_no_number_is_named(tmp_path, monkeypatch):
+    columns = random_columns()
+    columns["rejected_reward"][3] = np.nan  # an empty cell of the file
+    (tmp_path / "run").mkdir()
+    pandas.DataFrame(columns).to_csv(tmp_path / "run" / "rewards.csv", index=False)
+    with pytest.raises(SystemExit) as ended:
+        run_main("benchmarks/remove_length", monkeypatch, tmp_path / "run", tmp_path / "corrected")
+    assert "rewards.csv, line 5: rejected_reward is ''" in ended.value.code and "\n" not in ended.value.code
+    assert not (tmp_path / "corrected").exists()
+
+
+def test_one_prompt_can_not_be_halved(tmp_path, monkeypatch):
+    columns = {**random_columns(), "prompt_key": np.zeros(400, dtype=int)}
+    write_run(columns, tmp_path / "run")
+    with pytest.raises(SystemExit) as ended:
+        run_main("benchmarks/remove_length", monkeypatch, tmp_path / "run", tmp_path / "corrected")
+    assert "one prompt" in str(ended.value.code) and not (tmp_path / "corrected").exists()
+
+
+# --- the variance of a gradient --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def gradients():
+    """Gradients g and h of 9 rollouts with 5 parameters."""
+    generator = torch.Generator().manual_seed(0)
+    g, h = torch.randn(9, 5, generator=generator), torch.randn(9, 5, generator=generator)
+    return g + 2 * h, h
+
+
+def products(gradients):
+    return gradient_variance.products((g.clone(), h.clone()) for g, h in zip(*gradients, strict=True))
+
+
+def test_variance_is_the_trace_of_the_covariance(gradients):
+    g, h = gradients
+    for baseline in (0.0, 1.3, -2.0):
+        expected = np.trace(np.cov((g - baseline * h).numpy().T))
+        assert gradient_variance.variance(*products(gradients), baseline) == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_best_constant_is_the_lowest_point(gradients):
+    rows, sums = products(gradients)
+    best = gradient_variance.best_baseline(rows, sums)
+    lowest = gradient_variance.variance(rows, sums, best)
+    assert all(gradient_variance.variance(rows, sums, best + step) > lowest for step in (-0.1, 0.1))
+    assert lowest < gradient_variance.variance(rows, sums, 0.0) / 2
+
+
+def test_the_ratio_has_an_interval_around_it(gradients):
+    rows, sums = products(gradients)
+    result = gradient_variance.figures(rows, sums, {"none": 0.0, "mean": 2.0})
+    assert result["none"]["ratio"] == 1 and result["none"]["squared_norm_ratio_interval"] == [1.0, 1.0]
+    low, high = result["mean"]["squared_norm_ratio_interval"]
+    share = gradient_variance.squared_norm(rows, 2.0).mean() / gradient_variance.squared_norm(rows, 0.0).mean()
+    assert low < share < high
+
+
+@pytest.fixture
+def policy_run(tmp_path, tiny_model, other_reward_model, prepared):
+    """A directory as `train_reinforce.py` leaves it, of a policy with other weights than the SFT model's."""
+    directory = tmp_path / "policy"
+    shutil.copytree(tiny_model, directory)
+    policy = models.load_sft_model(tiny_model)
+    with torch.no_grad():
+        for each in policy.parameters():
+            each.mul_(1.1)
+    policy.save_pretrained(directory)
+    flags = ["--model", tiny_model, "--reward_model", other_reward_model, "--data", prepared]
+    flags += ["--completions_per_step", 3, "--micro_batch_size", 2, "--max_new_tokens", 6, "--max_prompt_length", 32]
+    settings = vars(parse("train_reinforce", *flags, "--ema_decay", 0.5)) | {"base_model": "a directory"}
+    (directory / "settings.json").write_text(json.dumps(settings))
+    (directory / "metrics.jsonl").write_text('{"step": 1, "reward": 1.0}\n{"step": 2, "reward": 4.0}\n')
+    return directory
+
+
+def test_both_gradients_make_that_of_any_baseline(policy_run):
+    options, state = gradient_variance.read_run(policy_run)
+    assert reinforce.baseline_value("mean", state, 0.0, options.ema_decay) == 2.5
+    assert reinforce.baseline_value("ema", state, 0.0, options.ema_decay) == pytest.approx((0.25 + 2.0) / 0.75)
+    run = reinforce_speed.open_run(options, str(policy_run))
+    judge = RewardModelEvaluator(options.reward_model, mixed_precision=True, normalize=True)
+    prompts = sorted(run.prompts[:3], key=lambda prompt: len(prompt.ids))
+    g, h = gradient_variance.gradients(run, judge, options, prompts, rollout=1)
+
+    # At once, in fp32, with the baseline in the loss.
+    dtype = gradient_variance.computing_type(run.policy.device)
+    seed = reinforce.step_seed(options.seed, 0, 1)
+    completions = rollouts.sample(run.policy, run.tokenizer, prompts, run.sampling, dtype, seed)
+    scores = torch.tensor(judge.get_reward_scores([prompt.messages for prompt in prompts], completions.texts))
+    log_probs, others = (
+        reinforce.log_probabilities(model, completions, options.temperature)[0] for model in (run.policy, run.reference)
+    )
+    kl = reinforce.sequence_kl(log_probs, others, completions.mask)
+    assert kl.abs().min() > 0.1
+    rewards = scores - options.kl_coefficient * kl.detach() - options.missing_eos_penalty * ~completions.ended
+    ((1.3 - rewards) * (log_probs * completions.mask).sum(dim=1)).mean().backward()
+    expected = torch.cat([each.grad.flatten() for each in run.policy.parameters()])
+    difference = (g - 1.3 * h - expected).norm() / expected.norm()
+    assert difference < (1e-4 if dtype is None else 0.05)
+
+
+def test_a_run_becomes_a_table(policy_run, tmp_path, monkeypatch, capsys):
+    flags = ["--rollouts", "3", "--output", tmp_path / "variance.json"]
+    run_main("benchmarks/gradient_variance", monkeypatch, policy_run, *flags)
+    result = json.loads((tmp_path / "variance.json").read_text())
+    kinds = ["none", "mean", "ema", "best constant"]
+    assert list(result) == ["rollouts", *kinds] and result["mean"]["baseline"] == 2.5
+    assert min(result[kind]["variance"] for kind in kinds) == result["best constant"]["variance"]
+    assert all(kind in capsys.readouterr().out for kind in kinds[:1])
+    (policy_run / "metrics.jsonl").unlink()
+    with pytest.raises(InputError, match="no finished run here"):
+        gradient_variance.read_run(policy_run)

@@ -1,0 +1,104 @@
+"""The script ranks what it is given, and says in one line what it can not."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, names_of, parse, run_main
+
+from reward_pipeline import RewardModelEvaluator
+
+
+@pytest.fixture(scope="module")
+def evaluator(tiny_reward_model):
+    return RewardModelEvaluator(tiny_reward_model)
+
+
+def run(monkeypatch, model, *arguments):
+    run_main("reward_model_demo", monkeypatch, "--model", model, *arguments)
+
+
+def test_the_demonstration_compares_answers_to_one_prompt(monkeypatch, evaluator, tiny_reward_model, tmp_path, capsys):
+    shutil.copytree(tiny_reward_model, tmp_path / "model")
+    (tmp_path / "model" / "metrics.json").write_text(json.dumps({"source": "sample pairs of this project"}))
+    run(monkeypatch, tmp_path / "model")
+    result = json.loads((tmp_path / "model" / "demonstration.json").read_text())
+    comparisons = names_of("reward_model_demo")["COMPARISONS"]
+    assert [each["prompt"] for each in result["comparisons"]] == [prompt for prompt, _ in comparisons]
+    for shown, (prompt, responses) in zip(result["comparisons"], comparisons, strict=True):
+        ranking = [(entry["response"], entry["reward"]) for entry in shown["ranking"]]
+        assert ranking == evaluator.compare_responses(prompt, responses)
+    printed = capsys.readouterr().out
+    assert "Париж" in printed and "the sample pairs of this project alone" in printed
+
+
+def test_prompt_and_responses(monkeypatch, evaluator, tiny_reward_model, tmp_path, capsys):
+    run(monkeypatch, tiny_reward_model, "--prompt", "Hi", "--responses", "a", "b", "--output", tmp_path / "r.json")
+    ranking = json.loads((tmp_path / "r.json").read_text())["ranking"]
+    assert [(entry["response"], pytest.approx(entry["reward"], abs=1e-5)) for entry in ranking] == [
+        (response, score) for response, score in evaluator.compare_responses("Hi", ["a", "b"])
+    ]
+    printed = capsys.readouterr().out
+    assert f"{ranking[0]['reward']:+.3f}" in printed and "sample pairs" not in printed
+
+
+def test_bytes_that_are_not_text_are_ranked_and_printed(monkeypatch, tiny_reward_model, capsys):
+    run(monkeypatch, tiny_reward_model, "--prompt", "caf\udce9", "--responses", "a", "\udcff")
+    assert "> caf?" in capsys.readouterr().out
+
+
+def test_a_file_is_scored(monkeypatch, evaluator, tiny_reward_model, write_jsonl, tmp_path, capsys):
+    source = write_jsonl([{"prompt": "Hi", "response": "a"}])
+    run(monkeypatch, tiny_reward_model, "--file", source, "--output", tmp_path / "scores.jsonl")
+    scored = json.loads((tmp_path / "scores.jsonl").read_text())
+    expected = pytest.approx(evaluator.get_reward_score("Hi", "a"), abs=1e-5)
+    assert scored == {"prompt": "Hi", "response": "a", "reward": expected}
+    assert "1 rows scored" in capsys.readouterr().out
+
+
+def test_a_missing_model_is_one_line(monkeypatch, tmp_path):
+    with pytest.raises(SystemExit, match=r"error: .*run train_reward_model\.py first"):
+        run(monkeypatch, tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--prompt", "a"], "--prompt and --responses: go together"),
+        (["--responses", "a"], "--prompt and --responses: go together"),
+        (["--prompt", "a\n<extra_id_1>Assistant\nb", "--responses", "c"], "--prompt: .* must end with a user turn"),
+        (["--file", "in.jsonl"], "--file: goes with --output"),
+        (["--file", "in.jsonl", "--output", "o", "--prompt", "a", "--responses", "b"], "--file: .*without --prompt"),
+        (["--file", "missing.jsonl", "--output", "o"], "--file: missing.jsonl must be a file"),
+        (["--file", "in.jsonl", "--output", "."], "--output: . is a directory; name a file"),
+        (["--file", "in.jsonl", "--output", "./in.jsonl"], "--output: must be another file than --file"),
+        (["--file", "in.jsonl", "--output", "link.jsonl"], "--output: must be another file than --file"),
+        (["--model", ""], "--model: must not be empty"),
+        (["--mixed_precision", "maybe"], "--mixed_precision: must be true or false"),
+        (["--nonsense"], "--nonsense: unknown flag"),
+    ],
+)
+def test_wrong_flags_are_one_line(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "in.jsonl").write_text("")
+    (tmp_path / "link.jsonl").symlink_to("in.jsonl")
+    with pytest.raises(SystemExit) as ended:
+        parse("reward_model_demo", *arguments)
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert re.match(f"error: {message}", line)
+
+
+def test_the_evaluator_comes_from_the_script_as_ever_and_is_light():
+    """By a process of its own: this one has imported everything."""
+    code = (
+        "import sys, reward_model_demo; assert 'torch' not in sys.modules; "
+        "from reward_model_demo import RewardModelEvaluator; import reward_pipeline; "
+        "assert RewardModelEvaluator is reward_pipeline.RewardModelEvaluator; "
+        "print({'trl', 'peft', 'datasets', 'pandas', 'matplotlib'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == "set()\n", done.stderr
