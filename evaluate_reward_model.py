@@ -20,7 +20,7 @@ from reward_pipeline.settings import Parser, boolean, filled_text
 
 # ---------------------------------------------------------------------------------------------------------------------
 MODEL = "./reward_model_output"  # directory of a trained reward model
-PAIRS = "./processed_helpsteer"  # processed directory, or any source of pairs
+PAIRS = "processed_helpsteer"  # processed directory, or any source of pairs
 SPLIT = None  # of a repository or a processed directory; None takes its usual one
 OUTPUT = None  # directory for figures and plots; None prints only
 FULL_PRECISION = False  # fp32 instead of bf16: slower, and the same figures on every machine

@@ -5,7 +5,7 @@ import gc
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from reward_pipeline.files import InputError, disk_failure
 
@@ -67,7 +67,8 @@ def together(act: Callable[[], Outcome], first_alone: bool = False) -> Outcome:
             errors = [error]
     if errors := gather_object(errors):
         raise errors[0]
-    return broadcast_object_list(outcomes or [None])[0] if first_alone else outcomes[0]
+    told: list[Any] = [*outcomes, None][:1]  # those that did not act are told
+    return broadcast_object_list(told)[0] if first_alone else told[0]
 
 
 def close_process_group() -> None:

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import shlex
 
 import pytest
 from transformers import HfArgumentParser, TrainingArguments
@@ -25,13 +26,13 @@ def test_the_source_has_the_fields_of_the_class(configuration, dataclass):
 
 def test_values_become_what_trl_makes_of_them():
     """TRL's own parser is the independent implementation."""
-    arguments = (
+    arguments = shlex.split(
         "--output_dir x --learning_rate 1e-3 --max_steps 7 --logging_steps 5 --lr_scheduler_type cosine --tf32 false"
         " --optim adafactor --eval_strategy epoch --save_total_limit 3 --include_for_metrics loss inputs --seed 7"
-        ' --lr_scheduler_kwargs {"num_cycles":2} --gradient_checkpointing --center_rewards_coefficient 0.5'
+        " --lr_scheduler_kwargs '{\"num_cycles\":2}' --gradient_checkpointing --center_rewards_coefficient 0.5"
         " --adam_beta1 0.8 --dataloader_num_workers 2 --report_to none --warmup_steps 0.1 --eval_steps 0.25"
         " --lora_r 4 --lora_target_modules q_proj v_proj --use_peft --lora_dropout 0.1"
-    ).split()  # noqa: SIM905
+    )
     parser = Parser("")
     trl_flags.add_trl_flags(parser, {}, {})
     ours = vars(parser.parse_args(arguments))
