@@ -126,8 +126,8 @@ def trained_on_sample(model: Path) -> bool:
     """Whether the model was trained on nothing but the few pairs that come with this project."""
     try:
         metrics = json.loads((model / "metrics.json").read_text(encoding="utf-8"))
-        return metrics["source"] == "sample pairs of this project"
-    except (OSError, ValueError, KeyError, TypeError):
+        return metrics["source"].removeprefix("stream of ") == "sample pairs of this project"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False  # somebody else's model
 
 

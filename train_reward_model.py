@@ -86,7 +86,9 @@ TRL_DEFAULTS = {
     "metric_for_best_model": "accuracy",
     "seed": SEED,
     "report_to": "none",
-    "gradient_checkpointing": False,  # unlike TRL: 135 M parameters do not need it, and it costs a fifth of the time
+    # Off, unlike in TRL: 135 M parameters do not need it, and it costs a fifth of the time. None and not False, since
+    # `transformers` warns of any value of this older name of `activation_checkpointing`.
+    "gradient_checkpointing": None,
     "pad_to_multiple_of": 64 if ON_MPS else None,  # fewer shapes: the MPS allocator keeps a cache for each
 }
 
@@ -107,6 +109,7 @@ UNSUPPORTED = {
     "label_names": "the loss of a pair has no labels",
     "lora_task_type": "a reward model is a sequence classifier",
     "remove_unused_columns": "the places of pairs are needed to name them",
+    "parallelism_config": "accelerate launch sets it up",
     "save_only_model": "a stopped run could not go on to the same weights",
 }
 
@@ -169,6 +172,7 @@ def main() -> None:
     # Only now, since torch and its kin take seconds to load: a wrong flag has been answered by then.
     import math
 
+    import torch
     from trl import ModelConfig, RewardConfig, get_peft_config
 
     from reward_pipeline import devices, models, pair_metrics, pairs, prefix_sharing, processed, reward_training, runs
@@ -177,22 +181,23 @@ def main() -> None:
     from reward_pipeline.processes import stop_requests
 
     # --- settings: bf16 or fp16 where the hardware computes in it; weights stay in fp32
-    device = devices.pick_device()
+    device = torch.device("cpu") if vars(options).get("use_cpu") else devices.pick_device()
     if device.type == "cpu":
         devices.keep_freed_memory()  # before the first large block is allocated
-    dtype = str(devices.autocast_dtype(device))
-    given = {"bf16": dtype == "torch.bfloat16", "fp16": dtype == "torch.float16"} | vars(options)
-    if given.get("torch_compile") and device.type == "cpu":
-        raise InputError("--torch_compile: not supported on a CPU, where prompts are shared instead")
+    chosen = vars(options).get("bf16") or vars(options).get("fp16")
+    dtype = None if chosen else devices.autocast_dtype(device)
+    given = {"bf16": dtype is torch.bfloat16, "fp16": dtype is torch.float16} | vars(options)
     decided = {
         "use_cpu": device.type == "cpu",
         "max_length": None,  # lengths are settled in the data; TRL would drop long pairs
         "disable_dropout": False,  # --dropout alone decides
         "remove_unused_columns": False,  # the collator takes what it needs, and the places of the pairs
     }
-    with reward_training.refused_settings(ValueError, ImportError):
+    with reward_training.refused_settings(ValueError, ImportError, OSError):  # OSError: of files that flags name
         config = RewardConfig(**of(REWARD_CONFIG, given) | decided)
         lora = ModelConfig(**LORA_DEFAULTS | of(MODEL_CONFIG, given))
+    if config.torch_compile and device.type == "cpu":  # `--torch_compile_mode` and `--torch_compile_backend` turn it on
+        raise InputError("--torch_compile: not supported on a CPU, where prompts are shared instead")
     output, checkpoints = Path(config.output_dir), Path(config.output_dir) / "checkpoints"
     config.output_dir = str(checkpoints)
     reward_training.share_update(config, PER_DEVICE_TRAIN_BATCH_SIZE, GRADIENT_ACCUMULATION_STEPS)
@@ -235,7 +240,8 @@ def main() -> None:
         prefix_sharing.share_prefixes(model)  # chosen and rejected have their prompt in common
 
     # What the run is. `to_dict` comes last: it holds the rhythm as it was fitted, and no token of the hub.
-    settings = vars(options) | {name: getattr(lora, name) for name in ("use_peft", *lora_fields())} | config.to_dict()
+    adapter = {name: getattr(lora, name) for name in ("use_peft", *sorted(lora_fields()))}
+    settings = vars(options) | adapter | config.to_dict()
     settings |= {"base_model": base.origin, "world_size": config.world_size}
     settings |= {"data_identity": processed.data_identity(metadata)}
 

@@ -14,7 +14,6 @@ from datasets import Dataset
 from reward_pipeline.conversations import Messages, encode_stream, response_text
 from reward_pipeline.evaluator import RewardModelEvaluator
 from reward_pipeline.form import response_length
-from reward_pipeline.models import trained_with_halved_prompts
 from reward_pipeline.pairs import pair_keys
 from reward_pipeline.processes import is_first_process
 from reward_pipeline.statistics import bootstrap_interval, rate_interval, spearman, wins
@@ -25,7 +24,7 @@ CONFIDENCE_BINS = 10  # of equal width between 0.5 and 1, for the calibration er
 # Arrays of equal length, one entry a pair: "pairs" (name of the source), "place" (its row there), "prompt", "chosen",
 # "rejected" (texts), "prompt_key" (hash of the prompt), "chosen_reward", "rejected_reward", "chosen_length",
 # "rejected_length" (characters), "chosen_rating", "rejected_rating", "rating_gap" (NaN where unknown), "category" (""
-# where unknown), "prompt_cut", "response_cut" (either answer).
+# where unknown), "prompt_cut", "response_cut" (beside or in either answer).
 Columns = dict[str, np.ndarray]
 
 
@@ -70,19 +69,23 @@ def score_pairs(evaluator: RewardModelEvaluator, pairs: Dataset, name: str) -> t
         [*prompts, *prompts], [*chosen, *rejected], BATCH_SIZE, progress=is_first_process()
     )
     rewards = evaluator.combine(scores)
-    limit, halved = evaluator.max_length, trained_with_halved_prompts(evaluator.model.config)
+    member = evaluator.members[0]
     cuts = [
         [
             (one.prompt_cut, one.response_cut)
-            for one in encode_stream(evaluator.tokenizer, prompts, side, limit, halve_prompt=halved)
+            for one in encode_stream(
+                member.tokenizer, prompts, side, member.max_length, halve_prompt=member.halve_prompt
+            )
         ]
         for side in (chosen, rejected)
     ]
+    # A prompt may be cut beside one answer only, where the whole fits with the other one.
+    prompt_cut, response_cut = np.array(cuts, dtype=bool).reshape(2, -1, 2).any(axis=0).T
     columns |= {
         "chosen_reward": rewards[: len(pairs)],
         "rejected_reward": rewards[len(pairs) :],
-        "prompt_cut": np.array([prompt_cut for prompt_cut, _ in cuts[0]]),
-        "response_cut": np.array([one or other for (_, one), (_, other) in zip(*cuts, strict=True)]),
+        "prompt_cut": prompt_cut,
+        "response_cut": response_cut,
     }
     return columns, scores[:, : len(pairs)] - scores[:, len(pairs) :]
 

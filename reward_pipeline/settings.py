@@ -180,8 +180,8 @@ class Parser(argparse.ArgumentParser):
             flag = self._underscored(f"--{name}")
             if flag not in self._option_string_actions or name in ("config", "help"):
                 self.error(f"--config {path}: {name} is no flag; --help lists all")
-            if value is None and self._option_string_actions[flag].default is None:
-                continue  # `split: null` is no split named None
+            if value is None and self._option_string_actions[flag].default in (None, argparse.SUPPRESS):
+                continue  # `split: null` is no split named None, `tf32: null` what the library makes of it
             values = value if isinstance(value, list) else [value]
             flags += [flag, *(json.dumps(each) if isinstance(each, dict) else str(each) for each in values)]
         return flags

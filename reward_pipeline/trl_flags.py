@@ -7,6 +7,7 @@ some hundredths of a second to read.
 
 import argparse
 import ast
+import contextlib
 import importlib.util
 import json
 from collections.abc import Mapping, Sequence
@@ -28,8 +29,10 @@ ENUMERATIONS = (("transformers", "training_args.py"), ("transformers", "trainer_
 
 # TRL's defaults are for language models and name no layers.
 LORA_DEFAULTS = {"lora_task_type": "SEQ_CLS", "lora_target_modules": ["all-linear"]}
+LOG_LEVELS = ("detail", "debug", "info", "warning", "error", "critical", "passive")
 TRACKERS = ("clearml", "codecarbon", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 METRICS = ("accuracy", "margin", "loss")  # of an evaluation
+JSON_FILES = ("accelerator_config", "fsdp_config", "deepspeed")  # fields that may also name a file with the object
 
 
 def updates(text: str) -> int:
@@ -43,6 +46,22 @@ def rhythm(text: str) -> float:
     return value if value < 1 else whole(1)(text.removesuffix(".0"))
 
 
+def one_of(values: Sequence[str]) -> Kind:
+    """One of these texts."""
+
+    def parse(text: str) -> str:
+        if text not in values:
+            raise argparse.ArgumentTypeError(f"must be one of {', '.join(values)}, not {text}")
+        return text
+
+    return parse
+
+
+def counted_tokens(text: str) -> bool | str:
+    """Which tokens are counted: `all`, `non_padding`, or true or false."""
+    return text if text in ("all", "non_padding") else boolean(text)
+
+
 # What the fields may be; the libraries would take other values without a word, or end in a traceback.
 KINDS: dict[str, Kind] = {
     **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"), real(least=0)),
@@ -53,9 +72,11 @@ KINDS: dict[str, Kind] = {
     **dict.fromkeys(("save_total_limit", "dataset_num_proc", "dataloader_prefetch_factor"), or_none(whole(1))),
     **dict.fromkeys(("eval_accumulation_steps", "torch_empty_cache_steps", "ddp_bucket_cap_mb"), or_none(whole(1))),
     "center_rewards_coefficient": or_none(real(least=0)),
+    **dict.fromkeys(("log_level", "log_level_replica"), one_of(LOG_LEVELS)),
     "data_seed": or_none(seed),
     "dataloader_num_workers": whole(0),
     "eval_delay": real(least=0),
+    "include_num_input_tokens_seen": counted_tokens,
     "max_length": whole(MIN_MAX_LENGTH),
     "max_steps": updates,
     "neftune_noise_alpha": or_none(real(least=0)),
@@ -69,6 +90,7 @@ class Field(NamedTuple):
 
     annotation: str
     help: str
+    options: dict[str, Any]  # of "choices", "nargs" and "const", what its metadata has
 
 
 @cache
@@ -94,18 +116,20 @@ def fields(configuration: tuple[tuple[str, str, str], ...]) -> dict[str, Field]:
     for package, module, name in configuration:
         for node in class_of(package, module, name).body:
             if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name):
-                found[node.target.id] = Field(ast.unparse(node.annotation), help_of(node))
+                found[node.target.id] = field_of(node)
     return found
 
 
-def help_of(node: ast.AnnAssign) -> str:
-    """The text under "help" in a field's metadata; empty where it is not a plain text."""
+def field_of(node: ast.AnnAssign) -> Field:
+    """A field with what its metadata says in plain values; what code would put together there is left out."""
+    found: dict[str, Any] = {}
     for part in ast.walk(node):
         if isinstance(part, ast.Dict):
             for key, value in zip(part.keys, part.values, strict=True):
-                if isinstance(key, ast.Constant) and key.value == "help" and isinstance(value, ast.Constant):
-                    return str(value.value).replace("%%", "%")
-    return ""
+                if isinstance(key, ast.Constant) and key.value in ("help", "choices", "nargs", "const"):
+                    with contextlib.suppress(ValueError):  # of a value that is no literal
+                        found[key.value] = ast.literal_eval(value)
+    return Field(ast.unparse(node.annotation), found.pop("help", "").replace("%%", "%"), found)
 
 
 @cache
@@ -125,33 +149,25 @@ def enumerations() -> dict[str, list[str]]:
     }
 
 
-def kind_of(name: str, annotation: str) -> tuple[Kind, dict[str, Any]]:
-    """How the text of a flag becomes a value of this annotation, and further options of `add_argument`."""
+def kind_of(name: str, field: Field) -> tuple[Kind, dict[str, Any]]:
+    """How the text of a flag becomes a value of this field, and further options of `add_argument`."""
+    annotation, options = field.annotation, {each: field.options[each] for each in field.options.keys() - {"choices"}}
+    optional = or_none if "None" in annotation else lambda kind: kind
     for enumeration, values in enumerations().items():
         if enumeration in annotation and "list" not in annotation:
             return one_of(values), {}
     if name in KINDS:
-        return KINDS[name], {}
+        return KINDS[name], {"nargs": "?", "const": True} if "bool" in annotation else {}
+    if "choices" in field.options:
+        return optional(one_of(field.options["choices"])), {}
     if "dict" in annotation:
-        return json_or_text if "str |" in annotation or "| str" in annotation else json_object, {}
+        return json_or_text if name in JSON_FILES else json_object, {}
     if "list" in annotation:
         return str, {"nargs": "+"}
-    optional = or_none if "None" in annotation else lambda kind: kind
     for part, kind in (("str", str), ("bool", boolean), ("int", whole(-(2**63))), ("float", real())):
         if part in annotation:
-            return (kind, {"nargs": "?", "const": True}) if kind is boolean else (optional(kind), {})
+            return kind if kind is boolean else optional(kind), options
     return str, {}
-
-
-def one_of(values: list[str]) -> Kind:
-    """One of these texts."""
-
-    def parse(text: str) -> str:
-        if text not in values:
-            raise argparse.ArgumentTypeError(f"must be one of {', '.join(values)}, not {text}")
-        return text
-
-    return parse
 
 
 def json_object(text: str) -> dict[str, Any]:
@@ -181,14 +197,11 @@ def add_trl_flags(parser: Parser, defaults: Mapping[str, Any], unsupported: Mapp
     for title, configuration in (("of trl.RewardConfig", REWARD_CONFIG), ("of TRL for LoRA", MODEL_CONFIG)):
         group = parser.add_argument_group(f"flags {title}")
         for name, field in fields(configuration).items():
-            kind, options = kind_of(name, field.annotation)
-            words = argparse.SUPPRESS if name in unsupported else field.help.replace("%", "%%")
-            if name in defaults and name not in unsupported:
-                parser.flag(name, defaults[name], kind, words, group, **options)
-            else:
-                group.add_argument(
-                    f"--{name}", default=argparse.SUPPRESS, type=kind, help=words, metavar="X", **options
-                )
+            kind, options = kind_of(name, field)
+            hidden = name in unsupported
+            words = argparse.SUPPRESS if hidden else field.help.replace("%", "%%")
+            default = argparse.SUPPRESS if hidden else defaults.get(name, argparse.SUPPRESS)
+            parser.flag(name, default, kind, words, group, **options)
 
 
 def lora_fields() -> set[str]:
@@ -206,8 +219,15 @@ def refuse_unsupported(parser: Parser, given: Mapping[str, Any], unsupported: Ma
 
 
 def of(configuration: tuple[tuple[str, str, str], ...], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of the given settings that are fields of this configuration."""
-    return {name: given[name] for name in fields(configuration) if name in given}
+    """Those of the given settings that are fields of this configuration.
+
+    Where a text has another meaning than a list of it (`all-linear`, a pattern), one value is the text, as in TRL.
+    """
+    found = {name: given[name] for name in fields(configuration) if name in given}
+    for name, value in found.items():
+        if "str | list" in fields(configuration)[name].annotation and isinstance(value, list) and len(value) == 1:
+            found[name] = value[0]
+    return found
 
 
 def missing_tracker(names: Sequence[str]) -> str | None:

@@ -1,23 +1,33 @@
 """Shared fixtures: the real tokenizer and model, tiny random models with that tokenizer, and pairs to feed them."""
 
 import functools
+import itertools
 import json
+import multiprocessing
 import os
 import runpy
 import shutil
+import signal
+import socket
 import subprocess
 import sys
+import tempfile
+import threading
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # tests never wait for a network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"  # the processes that run tests are as many as the cores
+# The processes that run tests are as many as the cores; and a forked child of one that computes in several threads
+# would wait for threads that it does not have.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 import hypothesis
 import pytest
 import torch
+import tqdm
+from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from reward_pipeline import models
@@ -176,18 +186,93 @@ def parse(script: str, *arguments):
     return names_of(script)["parse_options"](list(map(str, arguments)))
 
 
-RANK = Path(__file__).with_name("rank.py")
+FORK = multiprocessing.get_context("fork")  # all is imported here: a start costs milliseconds, not the imports
 
 
-def torchrun(processes: int, script: str | Path, *arguments, fails: bool = False) -> subprocess.CompletedProcess:
-    """Run a script in several CPU processes that exchange by gloo, as `accelerate launch` does; see `rank.py`."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    paths = os.pathsep.join([str(RANK.parent), str(RANK.parent.parent)])
-    environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    command = [*launch, str(RANK), str(script), *map(str, arguments)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=900)
-    assert (done.returncode != 0) == fails, done.stderr[-4000:]
-    return done
+def forked(script: str | Path, arguments, before=None, environment=None, output=os.devnull) -> multiprocessing.Process:
+    """Start a script in a child of this process.
+
+    Args:
+        before: called in the child first, to change what the script will find.
+        environment: variables of the child.
+        output: file for what it prints.
+    """
+    process = FORK.Process(target=_child, args=(str(script), [*map(str, arguments)], before, environment or {}, output))
+    process.start()
+    return process
+
+
+def _child(script: str, arguments: list[str], before, environment: dict[str, str], output) -> None:
+    os.environ.update(environment)
+    with open(output, "w") as file:
+        for number in (1, 2):
+            os.dup2(file.fileno(), number)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
+    tqdm.tqdm.set_lock(threading.RLock())  # the inherited one may be held by a thread that was not forked
+    AcceleratorState._reset_state(True)  # this process is one of several, whatever its parent is
+    if before:
+        before()
+    sys.argv = [script, *arguments]
+    try:
+        runpy.run_path(script, run_name="__main__")
+    finally:
+        if "ACCELERATE_USE_FSDP" in os.environ:
+            return  # it has groups of its own, which nobody can close
+        # A thread of gloo that outlives the script may free a tensor while the interpreter is being torn down, which
+        # aborts the process: seldom, but more often on a busy machine. So they are counted, which fails every time.
+        threads = [thread.read_text().strip() for thread in Path("/proc/self/task").glob("*/comm")]
+        assert not [name for name in threads if "gloo" in name], threads
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def die_at_update(number: int) -> None:
+    """Die between the gradient and the step of the so many-th update from now."""
+    updates = itertools.count(1)
+    register_optimizer_step_pre_hook(lambda *rest: die() if next(updates) == number else None)
+
+
+def die_while_saving(number: int) -> None:
+    """Die in the middle of the so many-th file with an optimiser's state from now."""
+    save, saved = torch.save, itertools.count(1)
+
+    def half(content, path, **options):
+        save(content, path, **options)
+        if Path(path).name == "optimizer.pt" and next(saved) == number:
+            os.truncate(path, os.path.getsize(path) // 2)
+            die()
+
+    torch.save = half
+
+
+def killed(script: str, arguments, before) -> None:
+    """Run a script that is killed by SIGKILL, as `before` has it."""
+    child = forked(ROOT / f"{script}.py", arguments, before)
+    child.join(timeout=120)
+    assert child.exitcode == -signal.SIGKILL
+
+
+def in_processes(count: int, script: str | Path, *arguments, before=None, environment=None) -> str:
+    """Run a script in several CPU processes that exchange by gloo, as `torchrun` does; returns what they print."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "ACCELERATE_USE_CPU": "true"}
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **(environment or {})}
+    with tempfile.TemporaryDirectory() as directory:
+        outputs = [Path(directory) / str(rank) for rank in range(count)]
+        ranks = [
+            forked(script, arguments, before, {**common, "RANK": str(rank), "LOCAL_RANK": str(rank)}, output)
+            for rank, output in enumerate(outputs)
+        ]
+        for rank in ranks:
+            rank.join(timeout=300)
+            rank.kill()
+        printed = [output.read_text() for output in outputs]
+    assert [rank.exitcode for rank in ranks] == [0] * count, "\n".join(printed)[-4000:]
+    return "".join(printed)
 
 
 @pytest.fixture(scope="session")

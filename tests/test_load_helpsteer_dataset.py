@@ -4,18 +4,13 @@ import io
 import itertools
 import json
 import math
-import multiprocessing
-import os
 import random
-import signal
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tqdm
 import trl
-from conftest import make_pairs, parse, run_main
+from conftest import die, killed, make_pairs, parse, run_main
 from datasets import DatasetDict, load_from_disk
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -314,24 +309,15 @@ def die_at_call(room, function: str, number: int) -> None:
 
     def mortal(*rest, **options):
         if next(calls) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
+            die()
         return real(*rest, **options)
 
     setattr(room, function, mortal)
 
 
-def die_while_preparing(prepared, arguments, room, function: str, number: int) -> None:
-    """Body of a forked child."""
-    tqdm.tqdm.set_lock(threading.RLock())  # the inherited one may be held by a thread that was not forked
-    with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing), contextlib.redirect_stderr(nothing):
-        die_at_call(room, function, number)
-        prepared(*arguments)
-
-
 def test_a_killed_preparation_is_repeated_to_the_same_result(no_plot, tiny_model, write_jsonl, tmp_path, monkeypatch):
     monkeypatch.setattr(processed, "BATCH_SIZE", 50)  # several batches of few pairs
     arguments = ["--source", write_jsonl(make_pairs(150)), "--max_length", "64"]
-    killed = functools.partial(prepare, tmp_path / "killed", tiny_model)
     moments = random.Random(0)
     for room, function, last in (
         (schemas, "check_pair", 150),
@@ -340,13 +326,10 @@ def test_a_killed_preparation_is_repeated_to_the_same_result(no_plot, tiny_model
         (files, "write_text", 1),
         (files, "write_checksums", 1),
     ):
-        death = (killed, arguments, room, function, moments.randint(1, last))
-        child = multiprocessing.get_context("fork").Process(target=die_while_preparing, args=death)
-        child.start()
-        child.join(timeout=120)
-        assert child.exitcode == -signal.SIGKILL
+        death = functools.partial(die_at_call, room, function, moments.randint(1, last))
+        killed(SCRIPT, ["--model", tiny_model, "--output", tmp_path / "killed", *arguments], death)
         assert not (tmp_path / "killed").exists()
-    ours, theirs = killed(*arguments), prepare(tmp_path / "undisturbed", tiny_model, *arguments)
+    ours, theirs = (prepare(tmp_path / name, tiny_model, *arguments) for name in ("killed", "undisturbed"))
     assert ours[1] == theirs[1]
     assert {name: split[:] for name, split in ours[0].items()} == {name: split[:] for name, split in theirs[0].items()}
     assert list(tmp_path.glob(".killed*")) == []

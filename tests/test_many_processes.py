@@ -2,21 +2,22 @@
 
 import csv
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 import yaml
+from accelerate import PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from conftest import ROOT, make_pairs, names_of, parse, run_main, torchrun, weights
+from accelerate.utils import DistributedType
+from accelerate.utils.launch import prepare_multi_gpu_env
+from conftest import ROOT, in_processes, make_pairs, names_of, parse, run_main, weights
 from trl import RewardConfig
 
+from reward_pipeline import prefix_sharing
 from reward_pipeline.reward_training import share_update
 from reward_pipeline.runs import held_output
 from reward_pipeline.trl_flags import REWARD_CONFIG, of
@@ -105,11 +106,11 @@ def runs(tmp_path_factory, tiny_model) -> Runs:
     refused = [*two[1][:-1], str(root / "two" / "held")]  # into a directory that another run holds
     (root / "calls.json").write_text(json.dumps([*two, refused]))
     with held_output(root / "two" / "held"):
-        done = torchrun(2, root / "together.py", root / "calls.json", root / "prepared", root / "refused")
+        printed = in_processes(2, root / "together.py", root / "calls.json", root / "prepared", root / "refused")
     with pytest.MonkeyPatch.context() as monkeypatch:
         for script, *arguments in calls(root / "one"):
             run_main(Path(script).stem, monkeypatch, *arguments)
-    return Runs(root / "one", root / "two", done.stdout)
+    return Runs(root / "one", root / "two", printed)
 
 
 def logged(output: Path, name: str) -> list[float]:
@@ -164,25 +165,26 @@ def test_one_process_writes_and_decides(runs):
     assert {name for name in files[0] ^ files[1] if "rng_state" not in name} == set()
 
 
+def divide_weights() -> None:
+    """Let `accelerate` divide the weights among processes without a GPU, for which it would choose DDP."""
+    PartialState._prepare_backend = lambda self, *others: ("gloo", DistributedType.MULTI_GPU)
+    PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+    prefix_sharing.share_prefixes = lambda model: False  # as on a GPU
+    torch.distributed.init_process_group("gloo")
+
+
 def train_sharded(tiny_model: str, data: Path, output: Path, *arguments: str) -> None:
     """Train with the settings of `runs` in two processes that divide the weights, by the configuration for users."""
-    root = ROOT
-    launch = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2"]
-    launch += ["--config_file", root / "accelerate_configs" / "fsdp2.yaml", root / "tests" / "sharded.py"]
-    training = [
-        root / "train_reward_model.py",
-        "--model",
-        tiny_model,
-        "--data",
-        data,
-        "--output_dir",
-        output,
-        *TRAINING,
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
-    command = [*map(str, launch), *map(str, training), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, timeout=900)
-    assert not done.returncode, done.stderr[:4000].decode()
+    launch = ["--num_processes", "2", "--config_file", ROOT / "accelerate_configs" / "fsdp2.yaml", "script.py"]
+    options, _, _ = _validate_launch_command(launch_command_parser().parse_args(list(map(str, launch))))
+    environment = {
+        name: value for name, value in prepare_multi_gpu_env(options).items() if "ACCELERATE" in name or "FSDP" in name
+    }
+    training = ["--model", tiny_model, "--data", data, "--output_dir", output, *TRAINING, *arguments]
+    script = ROOT / "train_reward_model.py"
+    in_processes(
+        2, script, *training, before=divide_weights, environment={"ACCELERATE_USE_CPU": "false", **environment}
+    )
 
 
 def test_fsdp_trains_as_one_process_and_resumes(runs, tiny_model, tmp_path, monkeypatch):

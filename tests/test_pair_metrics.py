@@ -194,9 +194,11 @@ def test_prompts_are_shown_as_people_read_them():
 
 
 def test_scored_pairs_carry_their_texts_rewards_and_cuts(tiny_reward_model):
-    pairs = [{**pair, "prompt": user(pair["prompt"])} for pair in make_pairs(3)]
+    pairs = [{**pair, "prompt": user(pair["prompt"])} for pair in make_pairs(4)]
     pairs[1]["rejected"] = "no " * 500  # of 128 tokens
     pairs[2]["prompt"] = [*user("Hi"), *assistant("Hello"), *user("why " * 500)]
+    # Over half of the limit, so cut beside an answer that does not fit with it, and not beside one that does.
+    pairs[3] |= {"prompt": user("why " * 80), "rejected": "no " * 500}
     rows = [
         {
             **pair,
@@ -210,10 +212,10 @@ def test_scored_pairs_carry_their_texts_rewards_and_cuts(tiny_reward_model):
     assert columns["chosen"].tolist() == [pair["chosen"] for pair in pairs]
     assert columns["prompt"][0] == pairs[0]["prompt"][0]["content"]
     assert columns["prompt"][2].startswith("User: Hi\n\nAssistant: Hello\n\nUser: why why")
-    assert columns["rating_gap"].tolist() == [2.5] * 3
+    assert columns["rating_gap"].tolist() == [2.5] * 4
     assert (columns["prompt_cut"].tolist(), columns["response_cut"].tolist()) == (
-        [False, False, True],
-        [False, True, False],
+        [False, False, True, True],
+        [False, True, False, True],
     )
     for number, pair in enumerate(pairs):
         for side in ("chosen", "rejected"):

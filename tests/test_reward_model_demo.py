@@ -35,6 +35,24 @@ def test_the_demonstration_compares_answers_to_one_prompt(monkeypatch, evaluator
     assert "Париж" in printed and "the sample pairs of this project alone" in printed
 
 
+@pytest.mark.parametrize(
+    "written, alone",
+    [
+        ({"source": "sample pairs of this project"}, True),
+        ({"source": "stream of sample pairs of this project"}, True),
+        ({"source": "local file mine.jsonl + sample pairs of this project"}, False),
+        ({"source": None}, False),
+        ({}, False),
+        ([], False),
+        (None, False),
+    ],
+)
+def test_which_models_have_seen_the_sample_alone(tmp_path, written, alone):
+    if written is not None:
+        (tmp_path / "metrics.json").write_text(json.dumps(written))
+    assert names_of("reward_model_demo")["trained_on_sample"](tmp_path) == alone
+
+
 def test_prompt_and_responses(monkeypatch, evaluator, tiny_reward_model, tmp_path, capsys):
     run(monkeypatch, tiny_reward_model, "--prompt", "Hi", "--responses", "a", "b", "--output", tmp_path / "r.json")
     ranking = json.loads((tmp_path / "r.json").read_text())["ranking"]

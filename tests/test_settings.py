@@ -163,8 +163,9 @@ def test_nothing_in_a_file_is_none_and_no_text(written):
     parser = Parser("")
     parser.flag("split", None, filled_text, "of a dataset")
     parser.flag("limit", 5, or_none(whole(1)), "of the pairs")
-    options = parser.parse_args(written("split: null\nlimit:\n"))
-    assert options.split is options.limit is None
+    parser.flag("tf32", settings.argparse.SUPPRESS, boolean, "left to a library")
+    options = parser.parse_args(written("split: null\nlimit:\ntf32: null\n"))
+    assert options.split is options.limit is None and "tf32" not in options
 
 
 @pytest.mark.parametrize(

@@ -2,13 +2,12 @@
 
 import json
 import math
-import multiprocessing
-import os
 import random
 import runpy
 import shutil
 import signal
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +15,20 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, LoggerType
-from conftest import ROOT, names_of, parse, run_main, same_weights, torchrun, weights
+from conftest import (
+    ROOT,
+    die_at_update,
+    die_while_saving,
+    in_processes,
+    killed,
+    names_of,
+    parse,
+    run_main,
+    same_weights,
+    weights,
+)
 from tokenizers import Tokenizer, models, pre_tokenizers
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from reward_pipeline import devices, evaluator, reinforce, rollouts
@@ -294,45 +304,10 @@ def test_more_steps_make_a_finished_run_longer(run, refused, finished, monkeypat
     assert len(timeless(output)) == 1
 
 
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def die_at_update(number: int) -> None:
-    """Die between the gradient and the step of the so many-th update from now."""
-    updates = iter(range(1, 100))
-    register_optimizer_step_pre_hook(lambda *rest: die() if next(updates) == number else None)
-
-
-def die_while_saving(number: int) -> None:
-    """Die in the middle of the so many-th file with an optimiser's state from now."""
-    save, saved = torch.save, iter(range(1, 100))
-
-    def half(content, path, **options):
-        save(content, path, **options)
-        if Path(path).name == "optimizer.pt" and next(saved) == number:
-            os.truncate(path, os.path.getsize(path) // 2)
-            die()
-
-    torch.save = half
-
-
-def killed_run(arguments: list[str], death, number: int) -> None:
-    """Body of a forked child."""
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115
-    death(number)
-    sys.argv = ["train_reinforce.py", *arguments]
-    runpy.run_path(str(ROOT / "train_reinforce.py"), run_name="__main__")
-
-
 @pytest.mark.skipif(sys.platform == "darwin", reason="a forked child may not use the system's libraries there")
 def test_a_killed_run_ends_as_an_undisturbed_one(run, finished, toy, tmp_path):
-    context = multiprocessing.get_context("fork")  # everything is imported: a start costs milliseconds
-    for death, number in ((die_at_update, 3), (die_while_saving, 1)):
-        child = context.Process(target=killed_run, args=(flags(toy, tmp_path / "policy"), death, number))
-        child.start()
-        child.join(timeout=120)
-        assert child.exitcode == -signal.SIGKILL
+    for death in (partial(die_at_update, 3), partial(die_while_saving, 1)):
+        killed("train_reinforce", flags(toy, tmp_path / "policy"), death)
         checkpoints = [path.name for path in (tmp_path / "policy" / "checkpoints").glob("checkpoint-*")]
         assert checkpoints == ["checkpoint-2"]
     assert same_results(run(), finished)
@@ -425,7 +400,7 @@ def test_two_processes_do_what_one_does(toy, tmp_path, monkeypatch):
     wrapper.write_text(TWO_PROCESSES)
     script = ROOT / "train_reinforce.py"
     more = ["--micro_batch_size", 2]  # two micro-batches in each of two processes
-    done = torchrun(2, wrapper, script, *flags(toy, tmp_path / "two", *more))
+    printed = in_processes(2, wrapper, script, *flags(toy, tmp_path / "two", *more))
     monkeypatch.setattr(rollouts, "sample", rollouts.sample)  # so that it is put back
     monkeypatch.setattr("sys.argv", [str(wrapper), str(script), *flags(toy, tmp_path / "one", *more)])
     runpy.run_path(str(wrapper), run_name="__main__")
@@ -436,7 +411,7 @@ def test_two_processes_do_what_one_does(toy, tmp_path, monkeypatch):
         assert other == pytest.approx(entry, rel=1e-3, abs=1e-4)
     other = weights(tmp_path / "two")
     assert all(torch.allclose(tensor, other[name], atol=1e-3) for name, tensor in weights(tmp_path / "one").items())
-    assert done.stdout.count("7 unseen prompts") == 1
+    assert printed.count("7 unseen prompts") == 1
     results = [json.loads((tmp_path / each / "evaluation.json").read_text()) for each in ("one", "two")]
     assert results[1]["reward_before"] == pytest.approx(results[0]["reward_before"], abs=1e-3)
 

@@ -5,12 +5,26 @@ import math
 import re
 import shutil
 import signal
+import sys
+from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import datasets
 import pytest
 import torch
-from conftest import Poison, flip_a_bit, make_pairs, parse, run_main, same_weights, weights
+from conftest import (
+    Poison,
+    die_at_update,
+    die_while_saving,
+    flip_a_bit,
+    killed,
+    make_pairs,
+    parse,
+    run_main,
+    same_weights,
+    weights,
+)
 from datasets import Dataset, load_from_disk
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -23,7 +37,7 @@ from transformers import (
 )
 from trl import RewardConfig
 
-from reward_pipeline import cards, reward_training, runs
+from reward_pipeline import cards, devices, reward_training, runs
 from reward_pipeline import pairs as pairs_room
 from reward_pipeline.conversations import encode, response_text
 from reward_pipeline.evaluator import RewardModelEvaluator
@@ -91,7 +105,7 @@ def test_the_constants_are_the_defaults():
     assert (options.learning_rate, options.num_train_epochs, options.max_grad_norm) == (5e-5, 1, 1.0)
     assert (options.per_device_train_batch_size, options.gradient_accumulation_steps) in ((4, 2), (1, 8))
     assert (options.logging_steps, options.eval_steps, options.save_steps) == (50, 100, 200)
-    assert (options.center_rewards_coefficient, options.gradient_checkpointing) == (0.01, False)
+    assert (options.center_rewards_coefficient, options.gradient_checkpointing) == (0.01, None)
     assert (options.model, options.data) == ("HuggingFaceTB/SmolLM2-135M-Instruct", "processed_helpsteer")
 
 
@@ -420,6 +434,17 @@ def test_an_interrupted_run_ends_as_an_undisturbed_one(train, stop_after, capsys
     assert evaluated[0] == evaluated[1] and len(evaluated[0]) == 4
 
 
+@pytest.mark.skipif(sys.platform == "darwin", reason="a forked child may not use the system's libraries there")
+def test_a_killed_run_ends_as_an_undisturbed_one(train, tmp_path):
+    rhythm = (*SMALL, "--num_train_epochs", "3", "--eval_strategy", "no", "--load_best_model_at_end", "false")
+    rhythm = (*rhythm, "--save_steps", "3")
+    undisturbed = train(*rhythm, output="undisturbed")
+    for death in (partial(die_at_update, 2), partial(die_at_update, 5), partial(die_while_saving, 2)):
+        killed("train_reward_model", train.arguments(tmp_path / "killed", *rhythm), death)
+        assert not (tmp_path / "killed" / "config.json").exists()
+    assert same_weights(undisturbed, train(*rhythm, output="killed"))
+
+
 def test_the_seed_decides_the_weights(train):
     arguments = (*SMALL, "--dropout", "0.2")
     first, second = train(*arguments, output="first"), train(*arguments, output="second")
@@ -481,16 +506,34 @@ def test_a_checkpoint_of_elsewhere_does_not_mix_with_what_is_there(train, stop_a
 
 
 @pytest.mark.parametrize(
-    "arguments",
+    "arguments, words",
     [
-        ("--optim", "adamw_bnb_8bit"),
-        ("--lr_scheduler_type", "cosine_with_min_lr"),
+        (("--optim", "adamw_bnb_8bit"), "the trainer refuses these settings: "),
+        (("--lr_scheduler_type", "cosine_with_min_lr"), "the trainer refuses these settings: "),
+        (("--accelerator_config", "none.json"), "the trainer refuses these settings: .*none.json"),
+        (("--torch_compile_mode", "default"), "--torch_compile: not supported on a CPU"),
     ],
 )
-def test_settings_that_the_optimiser_refuses_are_one_line(train, arguments):
-    with pytest.raises(SystemExit, match="error: the trainer refuses these settings: ") as ended:
+def test_settings_that_the_trainer_refuses_are_one_line(train, arguments, words):
+    with pytest.raises(SystemExit, match=f"error: {words}") as ended:
         train(*arguments)
     assert "\n" not in str(ended.value.code)
+
+
+def test_device_and_number_format_are_those_asked_for(monkeypatch):
+    monkeypatch.setattr(devices, "pick_device", lambda: torch.device("cuda"))
+    monkeypatch.setattr(devices, "autocast_dtype", lambda device: torch.bfloat16)
+    configured = Mock(side_effect=ValueError("seen enough"))
+    monkeypatch.setattr(RewardConfig, "__init__", configured)
+    for arguments, expected in (
+        ([], (False, True, False)),
+        (["--use_cpu"], (True, True, False)),
+        (["--fp16"], (False, False, True)),
+        (["--bf16", "false"], (False, False, False)),
+    ):
+        with pytest.raises(SystemExit, match="seen enough"):
+            run_main("train_reward_model", monkeypatch, *arguments)
+        assert tuple(configured.call_args.kwargs[name] for name in ("use_cpu", "bf16", "fp16")) == expected
 
 
 def test_checkpoints_without_evaluations_have_a_rhythm_of_their_own(train):

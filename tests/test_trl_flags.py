@@ -45,6 +45,33 @@ def test_values_become_what_trl_makes_of_them():
     assert config.report_to == [] and config.lr_scheduler_kwargs == {"num_cycles": 2}
 
 
+def test_bare_flags_and_choices_are_those_of_trl():
+    theirs = {action.dest: action for action in HfArgumentParser((RewardConfig, ModelConfig))._actions}
+    for configuration in (trl_flags.REWARD_CONFIG, trl_flags.MODEL_CONFIG):
+        for name, field in trl_flags.fields(configuration).items():
+            kind, options = trl_flags.kind_of(name, field)
+            if theirs[name].nargs == "?" and kind is not trl_flags.boolean:
+                assert options == {"nargs": "?", "const": True}, name
+            for value in map(str, theirs[name].choices or []):
+                assert kind(value) == value, name
+            if theirs[name].choices:
+                with pytest.raises(argparse.ArgumentTypeError, match="must be one of"):
+                    kind("of_mine")
+
+
+def test_one_text_is_no_list_where_it_means_something_else():
+    parser = Parser("")
+    trl_flags.add_trl_flags(parser, {}, {})
+
+    def given(*texts):
+        options = vars(parser.parse_args(["--optim_target_modules", *texts, "--lora_target_modules", *texts]))
+        both = trl_flags.of(trl_flags.REWARD_CONFIG, options) | trl_flags.of(trl_flags.MODEL_CONFIG, options)
+        return both["optim_target_modules"], both["lora_target_modules"]
+
+    assert given("all-linear") == ("all-linear", ["all-linear"])
+    assert given("q_proj", "v_proj") == (["q_proj", "v_proj"], ["q_proj", "v_proj"])
+
+
 def test_enumerations_are_those_of_transformers():
     found = trl_flags.enumerations()
     for name in ("lr_scheduler_type", "eval_strategy", "save_strategy", "hub_strategy", "optim"):
@@ -62,7 +89,9 @@ def test_enumerations_are_those_of_transformers():
         ("seed", "-1"), ("dataloader_num_workers", "-1"), ("adam_beta1", "2"), ("optim", "adamw_of_mine"),
         ("center_rewards_coefficient", "nan"), ("save_total_limit", "0"), ("lr_scheduler_type", "linar"),
         ("per_device_train_batch_size", "0"), ("gradient_accumulation_steps", "0"), ("bf16", "perhaps"),
-        ("liger_kernel_config", "[1]"), ("lora_r", "0"), ("lora_dropout", "1"), ("eval_delay", "-1"),
+        ("liger_kernel_config", "[1]"), ("lr_scheduler_kwargs", "linear.json"), ("log_level", "loud"), ("lora_r", "0"),
+        ("train_sampling_strategy", "by_length"), ("dataloader_multiprocessing_context", "thread"),
+        ("include_num_input_tokens_seen", "some"), ("ddp_backend", "tcp"), ("lora_dropout", "1"), ("eval_delay", "-1"),
     ],
 )  # fmt: skip
 def test_values_without_meaning_are_refused_with_the_name_of_the_flag(name, text, capsys):
@@ -77,6 +106,8 @@ def test_values_without_meaning_are_refused_with_the_name_of_the_flag(name, text
 @pytest.mark.parametrize("name, text, value", [
     ("max_steps", "-1", -1), ("eval_steps", "0.5", 0.5), ("save_steps", "20", 20), ("data_seed", "none", None),
     ("center_rewards_coefficient", "none", None), ("save_total_limit", "none", None), ("max_length", "64", 64),
+    ("include_num_input_tokens_seen", "false", False), ("include_num_input_tokens_seen", "non_padding", "non_padding"),
+    ("accelerator_config", "own.json", "own.json"), ("lr_scheduler_kwargs", '{"a": true}', {"a": True}),
 ])  # fmt: skip
 def test_values_with_a_meaning_of_their_own(name, text, value):
     parser = Parser("")
