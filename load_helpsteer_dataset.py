@@ -22,7 +22,7 @@ from typing import Any
 from reward_pipeline.conversations import MIN_MAX_LENGTH
 from reward_pipeline.files import InputError, replace_directory, write_checksums, write_text
 from reward_pipeline.processes import is_first_process, run_script
-from reward_pipeline.settings import Parser, apple_silicon, filled_text, or_none, real, seed, whole
+from reward_pipeline.settings import Parser, apple_silicon, filled_text, or_none, real, seed_number, whole
 
 # ---------------------------------------------------------------------------------------------------------------------
 # where from, where to
@@ -48,7 +48,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.flag("limit", LIMIT, or_none(whole(2)), "pairs to keep, drawn at random (default: all)")
     parser.flag("max_length", MAX_LENGTH, whole(MIN_MAX_LENGTH), "tokens of prompt, response and template together")
     parser.flag("validation_share", VALIDATION_SHARE, real(above=0, below=1), "of the pairs, split by prompt")
-    parser.flag("seed", SEED, seed, "of --limit and of the split")
+    parser.flag("seed", SEED, seed_number, "of --limit and of the split")
     return parser.parse_args(arguments)
 
 
@@ -64,8 +64,8 @@ def main() -> None:
     from reward_pipeline.processed import (
         COUNT_COLUMNS,
         KEY_FEATURES,
+        data_statistics,
         digest,
-        statistics,
         tokenize_pairs,
         whole_columns,
         whole_lengths,
@@ -136,7 +136,7 @@ def main() -> None:
             "max_length": options.max_length,
             "tokenizer": model.origin,
             "identical_after_cut": {name: int(same.sum()) for name, same in identical.items()},
-            **statistics(splits, options.max_length),
+            **data_statistics(splits, options.max_length),
         }
 
         # All of it goes to the disk, and takes the place of the last one only when it is whole.

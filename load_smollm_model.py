@@ -46,7 +46,7 @@ def main() -> None:
 
     from reward_pipeline.conversations import encode_prompt
     from reward_pipeline.devices import autocast_dtype, pick_device
-    from reward_pipeline.models import load_sft_model, load_tokenizer, resolve_model
+    from reward_pipeline.models import load_sft_model, load_tokenizer, positions, resolve_model
 
     # Load it as every other script does: weights in fp32, the tokenizer with the plain chat template.
     started = time.perf_counter()
@@ -66,10 +66,11 @@ def main() -> None:
     print(f"device      {device}, computing in {str(autocast_dtype(device) or torch.float32).removeprefix('torch.')}")
 
     # A greedy answer: the same one every time, so that a model that was broken on its way shows.
-    positions = model.config.max_position_embeddings
-    room = positions - options.max_new_tokens
+    room = positions(model) - options.max_new_tokens
     if room < MIN_MAX_LENGTH:
-        raise InputError(f"--max_new_tokens: must be at most {positions - MIN_MAX_LENGTH}, for this model's positions")
+        raise InputError(
+            f"--max_new_tokens: must be at most {positions(model) - MIN_MAX_LENGTH}, for this model's positions"
+        )
     prompt = torch.tensor([encode_prompt(tokenizer, options.prompt, room)], device=device)
     output = model.to(device).generate(
         prompt,

@@ -37,7 +37,7 @@ from typing import TYPE_CHECKING
 
 from reward_pipeline.conversations import MIN_MAX_LENGTH
 from reward_pipeline.processes import run_script
-from reward_pipeline.settings import Parser, apple_silicon, boolean, filled_text, real, seed, whole
+from reward_pipeline.settings import Parser, apple_silicon, boolean, filled_text, real, seed_number, whole
 from reward_pipeline.trl_flags import missing_tracker
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ SEED = 42
 # ---------------------------------------------------------------------------------------------------------------------
 
 BASELINES = ("mean", "ema", "none")
-TRACKERS = ("none", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
+ACCELERATE_TRACKERS = ("none", "clearml", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
 CHECKPOINTS_KEPT = 2
 EVALUATION_BATCH_SIZE = 32  # prompts answered at once
 
@@ -111,8 +111,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.flag("ema_decay", EMA_DECAY, real(least=0, below=1), "of --baseline ema, per update")
     parser.flag("max_kl", MAX_KL, real(above=0), "nats of a completion; a mean above it stops the run")
     parser.flag("save_steps", SAVE_STEPS, whole(1), "updates between checkpoints")
-    parser.flag("report_to", REPORT_TO, str, "a tracker of accelerate", choices=TRACKERS)
-    parser.flag("seed", SEED, seed, "of the order of prompts and of sampling")
+    parser.flag("report_to", REPORT_TO, str, "a tracker of accelerate", choices=ACCELERATE_TRACKERS)
+    parser.flag("seed", SEED, seed_number, "of the order of prompts and of sampling")
     parser.flag("fresh", False, boolean, "start over instead of resuming")
     options = parser.parse_args(arguments)
 
@@ -288,7 +288,7 @@ def main() -> None:
                 with models.quiet_transformers():
                     policy.save_pretrained(staging)
                     tokenizer.save_pretrained(staging)
-                policy_metrics.write_results(staging, before, after, judged, results, samples, settings, log)
+                policy_metrics.write_policy_results(staging, before, after, judged, results, samples, settings, log)
                 runs.publish(staging, output)
                 (checkpoints / "finished").touch()
                 print(report(results, output))

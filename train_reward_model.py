@@ -17,7 +17,9 @@ Every field of `trl.RewardConfig` is a flag, and so are TRL's for LoRA. A stoppe
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
+from reward_pipeline.conversations import MIN_MAX_LENGTH
 from reward_pipeline.processes import run_script
 from reward_pipeline.settings import Parser, apple_silicon, boolean, filled_text, or_none, real, whole
 from reward_pipeline.trl_flags import (
@@ -26,9 +28,9 @@ from reward_pipeline.trl_flags import (
     MODEL_CONFIG,
     REWARD_CONFIG,
     add_trl_flags,
+    fields_given,
     lora_fields,
     missing_tracker,
-    of,
     refuse_unsupported,
 )
 
@@ -109,6 +111,8 @@ UNSUPPORTED = {
     "label_names": "the loss of a pair has no labels",
     "lora_task_type": "a reward model is a sequence classifier",
     "remove_unused_columns": "the places of pairs are needed to name them",
+    "batch_eval_metrics": "every pair is counted once, over all batches",
+    **dict.fromkeys(("do_train", "do_eval", "do_predict"), "a run trains, then evaluates"),
     "parallelism_config": "accelerate launch sets it up",
     "save_only_model": "a stopped run could not go on to the same weights",
 }
@@ -118,6 +122,7 @@ IGNORED_ON_RESUME = {
     *("config", "fresh", "data", "output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to", "run_name"),
     *("project", "log_level", "log_level_replica", "log_on_each_node", "logging_dir", "logging_first_step"),
     *("logging_steps", "logging_strategy", "include_num_input_tokens_seen", "save_total_limit", "push_to_hub"),
+    *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
     *("hub_model_id", "hub_strategy", "hub_token", "hub_private_repo", "hub_always_push", "hub_revision", "local_rank"),
     *("dataloader_num_workers", "dataloader_pin_memory", "dataloader_persistent_workers", "dataset_num_proc"),
 }
@@ -137,6 +142,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.flag("max_eval_samples", MAX_EVAL_SAMPLES, whole(1), "pairs per evaluation during the training")
     parser.flag("dropout", DROPOUT, real(least=0, below=1), "wherever the model has it; SmolLM2: in attention")
     parser.flag("fresh", False, boolean, "start over instead of resuming")
+    parser.constant("stream_max_length", STREAM_MAX_LENGTH, whole(MIN_MAX_LENGTH))
+    parser.constant("stream_validation_share", STREAM_VALIDATION_SHARE, real(above=0, below=1))
     add_trl_flags(parser, TRL_DEFAULTS, UNSUPPORTED)
     options = parser.parse_args(arguments)
 
@@ -157,6 +164,9 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
                 parser.error(f"--{name}: needs prepared data, so it does not go with --streaming")
     if missing := missing_tracker(options.report_to if isinstance(options.report_to, list) else [options.report_to]):
         parser.error(f"--report_to: {missing} is not installed; pip install {missing}")
+    if options.load_best_model_at_end and "no" in (options.eval_strategy, options.save_strategy):
+        name = "eval_strategy" if options.eval_strategy == "no" else "save_strategy"
+        parser.error(f"--{name}: no needs --load_best_model_at_end false")
     if options.fresh and given.get("resume_from_checkpoint"):
         parser.error("--fresh: does not go with --resume_from_checkpoint")
     if given.get("bf16") and given.get("fp16"):
@@ -170,7 +180,6 @@ def main() -> None:
     options = parse_options()
 
     # Only now, since torch and its kin take seconds to load: a wrong flag has been answered by then.
-    import math
 
     import torch
     from trl import ModelConfig, RewardConfig, get_peft_config
@@ -194,8 +203,8 @@ def main() -> None:
         "remove_unused_columns": False,  # the collator takes what it needs, and the places of the pairs
     }
     with reward_training.refused_settings(ValueError, ImportError, OSError):  # OSError: of files that flags name
-        config = RewardConfig(**of(REWARD_CONFIG, given) | decided)
-        lora = ModelConfig(**LORA_DEFAULTS | of(MODEL_CONFIG, given))
+        config = RewardConfig(**fields_given(REWARD_CONFIG, given) | decided)
+        lora = ModelConfig(**LORA_DEFAULTS | fields_given(MODEL_CONFIG, given))
     if config.torch_compile and device.type == "cpu":  # `--torch_compile_mode` and `--torch_compile_backend` turn it on
         raise InputError("--torch_compile: not supported on a CPU, where prompts are shared instead")
     output, checkpoints = Path(config.output_dir), Path(config.output_dir) / "checkpoints"
@@ -232,7 +241,7 @@ def main() -> None:
     # --- reward model: the SFT model with a fresh head of one label
     model = models.load_reward_model(base.path, tokenizer.pad_token_id, config.seed, options.dropout)
     data_name = options.streaming or options.data
-    longest = getattr(model.config, "max_position_embeddings", math.inf)
+    longest = models.positions(model)
     if metadata["max_length"] > longest:
         raise InputError(f"{data_name}: has up to {metadata['max_length']} tokens, but {options.model} takes {longest}")
     model.config.reward_max_length, model.config.reward_format = metadata["max_length"], models.REWARD_FORMAT
@@ -292,13 +301,13 @@ def main() -> None:
                     **reward_training.run_figures(trainer, watch),
                 }
                 log = trainer.state.log_history
-                reward_training.write_results(staging, columns, metrics, settings, metadata, log)
+                reward_training.write_reward_model(staging, columns, metrics, settings, metadata, log)
                 runs.publish(staging, output)
                 (checkpoints / "finished").touch()
                 print(report(metrics, output))
 
 
-def plan(metadata: dict, base: str, train_pairs, pairs_per_update: int, updates: int) -> str:
+def plan(metadata: dict[str, Any], base: str, train_pairs: Any, pairs_per_update: int, updates: int) -> str:
     """What the run is about to train on."""
     from reward_pipeline.reward_training import tokens_of
 
@@ -315,7 +324,7 @@ def plan(metadata: dict, base: str, train_pairs, pairs_per_update: int, updates:
     )
 
 
-def report(metrics: dict, output: Path) -> str:
+def report(metrics: dict[str, Any], output: Path) -> str:
     """The result in two lines."""
     from reward_pipeline.pair_metrics import metrics_line
     from reward_pipeline.reward_training import duration

@@ -8,7 +8,6 @@ Higher is better; only differences between answers to one prompt have a meaning.
 """
 
 import math
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -31,7 +30,12 @@ from reward_pipeline.conversations import (
 from reward_pipeline.devices import autocast, autocast_dtype, pick_device
 from reward_pipeline.files import InputError, first_line
 from reward_pipeline.form import response_length
-from reward_pipeline.models import inner_linear_layers, load_trained_reward_model, trained_with_halved_prompts
+from reward_pipeline.models import (
+    inner_linear_layers,
+    load_trained_reward_model,
+    positions,
+    trained_with_halved_prompts,
+)
 from reward_pipeline.prefix_sharing import share_prefixes
 from reward_pipeline.statistics import bootstrap_interval, paired_p_value, rate_interval, wins
 
@@ -336,11 +340,6 @@ def present_device(name: str | torch.device) -> torch.device:
     return device
 
 
-def positions(model: PreTrainedModel) -> int:
-    """Tokens that a model can read at most, as far as its config says."""
-    return getattr(model.config, "max_position_embeddings", sys.maxsize)
-
-
 def load_member(path: str, device: torch.device, dtype: torch.dtype | None, normalize: bool) -> Member:
     """Load one trained reward model, to compute in `dtype`; see `RewardModelEvaluator`."""
     tokenizer, model = load_trained_reward_model(path)
@@ -369,15 +368,3 @@ def check_templates(evaluator: RewardModelEvaluator, prompts: Sequence[Prompt], 
         if refused := first_refused(member.tokenizer, prompts):
             index, reason = refused
             raise InputError(f"{places[index]}: {member.model.name_or_path} can not read it: {reason}")
-
-
-def check_prompt(prompt: str) -> None:
-    """Make sure that a prompt given by the user can be answered.
-
-    Raises:
-        InputError: it ends with an answer already.
-    """
-    try:
-        parse_prompt(prompt)
-    except ValueError as error:
-        raise InputError(f"prompt: {error}") from error

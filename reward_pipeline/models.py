@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib.metadata
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -282,6 +283,11 @@ def trained_with_halved_prompts(config: PreTrainedConfig) -> bool:
     ended with what its chat template writes after the end token, and the template saved beside it still does.
     """
     return hasattr(config, "reward_max_length") and getattr(config, "reward_format", 1) < 2
+
+
+def positions(model: PreTrainedModel) -> int:
+    """Tokens that a model can read at most, as far as its config says."""
+    return getattr(model.config, "max_position_embeddings", sys.maxsize)
 
 
 def reward_head(model: torch.nn.Module) -> torch.nn.Linear:

@@ -3,17 +3,15 @@
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from reward_pipeline.pair_metrics import Columns
+from reward_pipeline.rollouts import Answers
 from reward_pipeline.statistics import TIE
-
-if TYPE_CHECKING:  # a room further down, which draws by this one
-    from reward_pipeline.rollouts import Answers
 
 PLOTTED_CATEGORIES = 20  # at most, the largest ones
 MARGIN_BINS = 20  # on each side of 0
@@ -192,7 +190,7 @@ def plot_steps(log: Sequence[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def plot_before_and_after(before: "Answers", after: "Answers", judged: dict[str, Any], path: Path) -> None:
+def plot_before_and_after(before: Answers, after: Answers, judged: dict[str, Any], path: Path) -> None:
     """Distributions of reward and length on the evaluation prompts."""
     figure = Figure(figsize=(10, 4), layout="constrained")
     rewards, lengths = figure.subplots(1, 2)

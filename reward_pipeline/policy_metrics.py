@@ -178,7 +178,7 @@ def sample_rows(
     return rows
 
 
-def write_results(
+def write_policy_results(
     directory: Path,
     before: Answers,
     after: Answers,

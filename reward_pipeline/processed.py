@@ -274,7 +274,7 @@ def percentiles(values: np.ndarray) -> dict[str, float]:
     return {f"p{p}": round(float(np.percentile(values, p)), 2) for p in (5, 25, 50, 75, 95, 99, 100)}
 
 
-def statistics(splits: DatasetDict, max_length: int) -> dict[str, Any]:
+def data_statistics(splits: DatasetDict, max_length: int) -> dict[str, Any]:
     """What the pairs that are kept look like and what the length rule did to them; shares are of pairs.
 
     Lengths are in tokens before the cut, but for `longer_side_after_cut`: `prompt` with the template around it,

@@ -4,10 +4,13 @@ import contextlib
 import gc
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from reward_pipeline.files import InputError, disk_failure
+
+ONE_SIGNAL = 1.0  # seconds within which several signals count as one
 
 Outcome = TypeVar("Outcome")
 
@@ -96,12 +99,15 @@ def stop_requests() -> Iterator[Callable[[], bool]]:
     """
     from accelerate.utils import gather_object
 
-    requests: list[int] = []
+    requests: list[float] = []
 
     def note(number: int, frame: object) -> None:
-        if requests:
+        # A launcher hands on the signal that its whole group got already: twice at once is still the first time.
+        if requests and time.monotonic() - requests[0] > ONE_SIGNAL:
             raise KeyboardInterrupt
-        requests.append(number)
+        if requests:
+            return
+        requests.append(time.monotonic())
         print("\nStopping after this update; Ctrl-C again to stop at once.", file=sys.stderr)
 
     def requested() -> bool:

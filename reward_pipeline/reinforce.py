@@ -17,7 +17,9 @@ import torch
 from reward_pipeline.devices import autocast
 from reward_pipeline.files import InputError, at_places
 
-REMEDY = "the checkpoints before it are kept; start over with a lower --learning_rate or a higher --kl_coefficient"
+REMEDY = (
+    "the checkpoints before it are kept; start over (--fresh) with a lower --learning_rate or a higher --kl_coefficient"
+)
 
 
 class DivergedError(InputError):

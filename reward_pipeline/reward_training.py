@@ -206,7 +206,10 @@ class Checksums(TrainerCallback):
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         PartialState().wait_for_everyone()
         if state.is_world_process_zero:
-            write_checksums(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+            checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            # A pickle with the token of the hub in it, in clear; nothing that goes on from a checkpoint reads it.
+            (checkpoint / "training_args.bin").unlink(missing_ok=True)
+            write_checksums(checkpoint)
 
 
 class Watch(TrainerCallback):
@@ -415,7 +418,7 @@ def run_figures(trainer: PairTrainer, watch: Watch) -> dict[str, Any]:
     }
 
 
-def write_results(
+def write_reward_model(
     directory: Path,
     columns: Columns,
     metrics: dict[str, Any],

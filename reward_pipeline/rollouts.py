@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -126,7 +125,7 @@ def check_room(model: Any, name: str, length: int) -> None:
     Raises:
         InputError: it was not made for so many.
     """
-    room = getattr(model.config, "max_position_embeddings", math.inf)
+    room = positions(model)
     if length > room:
         raise InputError(f"--max_prompt_length and --max_new_tokens are more than the {room} tokens that {name} takes")
 

@@ -63,6 +63,7 @@ def prepare_checkpoints(checkpoints: Path, settings: dict[str, Any], ignored: se
 
 
 def settings_text(settings: dict[str, Any]) -> str:
+    """Settings as `settings.json` holds them; what JSON does not know as its text."""
     return json.dumps(settings, indent=2, default=str) + "\n"
 
 

@@ -81,7 +81,11 @@ def filled_text(text: str) -> str:
     return readable_text(text)
 
 
-seed = whole(0, 2**32 - 1)  # what NumPy, torch and `transformers` all take
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+seed_number = whole(0, 2**32 - 1)  # what NumPy, torch and `transformers` all take
 
 
 def apple_silicon() -> bool:
@@ -126,13 +130,7 @@ class Parser(argparse.ArgumentParser):
             group: where `--help` shows it.
             options: further ones of `add_argument`, such as `choices` and `nargs`.
         """
-        constant = name.upper()
-        try:
-            for value in default if isinstance(default, list | tuple) else [default]:
-                if value not in (None, argparse.SUPPRESS) and kind(str(value)) not in options.get("choices", [value]):
-                    raise argparse.ArgumentTypeError(f"must be one of {', '.join(map(str, options['choices']))}")
-        except argparse.ArgumentTypeError as error:
-            self.error(f"constant {constant} = {default!r}: {error}")
+        self.constant(name, default, kind, options.get("choices"))
         if kind is boolean:
             options |= {"nargs": "?", "const": True}
         words = " ".join(map(str, default)) if isinstance(default, list | tuple) else default
@@ -141,6 +139,15 @@ class Parser(argparse.ArgumentParser):
             "metavar", "{" + ",".join(map(str, options["choices"])) + "}" if "choices" in options else "X"
         )
         (group or self).add_argument(f"--{name}", default=default, type=kind, help=help + shown, **options)
+
+    def constant(self, name: str, value: Any, kind: Kind, choices: Sequence[Any] | None = None) -> None:
+        """End with a line that names a constant of the script which is not what its flag, if it had one, would take."""
+        try:
+            for each in _listed(value):
+                if each not in (None, argparse.SUPPRESS) and kind(str(each)) not in (choices or [each]):
+                    raise argparse.ArgumentTypeError(f"must be one of {', '.join(map(str, choices or [each]))}")
+        except argparse.ArgumentTypeError as error:
+            self.error(f"constant {name.upper()} = {value!r}: {error}")
 
     def parse_args(  # type: ignore[override]  # argparse has overloads for the type of the namespace
         self, args: Sequence[str] | None = None, namespace: Any = None
@@ -162,10 +169,15 @@ class Parser(argparse.ArgumentParser):
         return options
 
     def _underscored(self, argument: str) -> str:
+        """An argument in the spelling of this parser: `--learning-rate` and `--no_fresh` are known to users of TRL."""
         name, equals, value = argument.partition("=")
         changed = "--" + name[2:].replace("-", "_")
-        known = name.startswith("--") and name not in self._option_string_actions
-        return changed + equals + value if known and changed in self._option_string_actions else argument
+        if not name.startswith("--") or name in self._option_string_actions:
+            return argument
+        if changed in self._option_string_actions:
+            return changed + equals + value
+        denied = self._option_string_actions.get(changed.replace("--no_", "--", 1))
+        return f"{denied.option_strings[0]}=false" if denied and denied.type is boolean and not equals else argument
 
     def _of_file(self, path: str) -> list[str]:
         """The settings of a YAML file as flags."""
@@ -182,6 +194,7 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"--config {path}: {name} is no flag; --help lists all")
             if value is None and self._option_string_actions[flag].default in (None, argparse.SUPPRESS):
                 continue  # `split: null` is no split named None, `tf32: null` what the library makes of it
-            values = value if isinstance(value, list) else [value]
-            flags += [flag, *(json.dumps(each) if isinstance(each, dict) else str(each) for each in values)]
+            texts = [json.dumps(each) if isinstance(each, dict) else str(each) for each in _listed(value)]
+            # In one piece, since a text may begin with a hyphen.
+            flags += [flag, *texts] if isinstance(value, list) else [f"{flag}={texts[0]}"]
         return flags

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from reward_pipeline.conversations import MIN_MAX_LENGTH
-from reward_pipeline.settings import Kind, Parser, boolean, or_none, real, seed, whole
+from reward_pipeline.settings import Kind, Parser, boolean, or_none, real, seed_number, whole
 
 # Where the fields of a RewardConfig come from, the most special ones last, and the enumerations of their values.
 REWARD_CONFIG = (
@@ -30,7 +30,15 @@ ENUMERATIONS = (("transformers", "training_args.py"), ("transformers", "trainer_
 # TRL's defaults are for language models and name no layers.
 LORA_DEFAULTS = {"lora_task_type": "SEQ_CLS", "lora_target_modules": ["all-linear"]}
 LOG_LEVELS = ("detail", "debug", "info", "warning", "error", "critical", "passive")
-TRACKERS = ("clearml", "codecarbon", "comet_ml", "dvclive", "mlflow", "swanlab", "tensorboard", "trackio", "wandb")
+# Trackers and the packages of which one has to be there.
+TRACKERS = {
+    **{
+        name: (name,)
+        for name in ("clearml", "codecarbon", "comet_ml", "dvclive", "mlflow", "swanlab", "trackio", "wandb")
+    },
+    "azure_ml": ("azureml",),
+    "tensorboard": ("tensorboard", "tensorboardX"),
+}
 METRICS = ("accuracy", "margin", "loss")  # of an evaluation
 JSON_FILES = ("accelerator_config", "fsdp_config", "deepspeed")  # fields that may also name a file with the object
 
@@ -64,16 +72,17 @@ def counted_tokens(text: str) -> bool | str:
 
 # What the fields may be; the libraries would take other values without a word, or end in a traceback.
 KINDS: dict[str, Kind] = {
-    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps"), real(least=0)),
+    **dict.fromkeys(("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm"), real(least=0)),
     **dict.fromkeys(("adam_beta1", "adam_beta2", "lora_dropout"), real(least=0, below=1)),
     **dict.fromkeys(("logging_steps", "eval_steps", "save_steps"), rhythm),
     **dict.fromkeys(("per_device_train_batch_size", "per_device_eval_batch_size"), whole(1)),
     **dict.fromkeys(("gradient_accumulation_steps", "lora_r", "lora_alpha", "ddp_timeout"), whole(1)),
     **dict.fromkeys(("save_total_limit", "dataset_num_proc", "dataloader_prefetch_factor"), or_none(whole(1))),
     **dict.fromkeys(("eval_accumulation_steps", "torch_empty_cache_steps", "ddp_bucket_cap_mb"), or_none(whole(1))),
+    "warmup_steps": lambda text: 0.0 if text in ("0", "0.0") else rhythm(text),
     "center_rewards_coefficient": or_none(real(least=0)),
     **dict.fromkeys(("log_level", "log_level_replica"), one_of(LOG_LEVELS)),
-    "data_seed": or_none(seed),
+    "data_seed": or_none(seed_number),
     "dataloader_num_workers": whole(0),
     "eval_delay": real(least=0),
     "include_num_input_tokens_seen": counted_tokens,
@@ -81,7 +90,7 @@ KINDS: dict[str, Kind] = {
     "max_steps": updates,
     "neftune_noise_alpha": or_none(real(least=0)),
     "num_train_epochs": real(above=0),
-    "seed": seed,
+    "seed": seed_number,
 }
 
 
@@ -218,7 +227,7 @@ def refuse_unsupported(parser: Parser, given: Mapping[str, Any], unsupported: Ma
             parser.error(f"--{name}: needs --use_peft")
 
 
-def of(configuration: tuple[tuple[str, str, str], ...], given: Mapping[str, Any]) -> dict[str, Any]:
+def fields_given(configuration: tuple[tuple[str, str, str], ...], given: Mapping[str, Any]) -> dict[str, Any]:
     """Those of the given settings that are fields of this configuration.
 
     Where a text has another meaning than a list of it (`all-linear`, a pattern), one value is the text, as in TRL.
@@ -231,8 +240,6 @@ def of(configuration: tuple[tuple[str, str, str], ...], given: Mapping[str, Any]
 
 
 def missing_tracker(names: Sequence[str]) -> str | None:
-    """The first of these trackers that is not installed, if any; others than the known ones are TRL's to judge."""
-    packages = {name: [name] for name in TRACKERS} | {"tensorboard": ["tensorboard", "tensorboardX"]}
-    return next(
-        (name for name in names if name in packages and not any(map(importlib.util.find_spec, packages[name]))), None
-    )
+    """The package of the first of these trackers that is not installed, if any; unknown names are TRL's to judge."""
+    found = importlib.util.find_spec
+    return next((TRACKERS[name][0] for name in names if name in TRACKERS and not any(map(found, TRACKERS[name]))), None)

@@ -56,14 +56,15 @@ def test_the_naive_recipe_runs_on_the_same_pairs(monkeypatch, processed, tiny_mo
     assert metrics["parts"] == list(naive_recipe.PARTS)
 
 
-def test_every_part_of_the_recipe_is_ours(smollm, tokenizer, prepared):
+def test_every_part_of_the_recipe_is_ours(small_tokenizer, prepared):
     pairs, _ = load_processed(str(prepared))
     parts = list(naive_recipe.PARTS)
-    theirs = naive_recipe.load_naive_tokenizer(smollm, parts)
-    assert theirs.pad_token_id == tokenizer.pad_token_id
+    published = small_tokenizer.name_or_path  # with the template as it comes
+    theirs = naive_recipe.load_naive_tokenizer(published, parts)
+    assert theirs.pad_token_id == small_tokenizer.pad_token_id
     tokenized = naive_recipe.tokenize(pairs["validation"], theirs, 64, parts)
     assert list(tokenized["chosen_ids"]) == list(pairs["validation"]["chosen_ids"])
-    usual = naive_recipe.tokenize(pairs["validation"], naive_recipe.load_naive_tokenizer(smollm, []), 64, [])
+    usual = naive_recipe.tokenize(pairs["validation"], naive_recipe.load_naive_tokenizer(published, []), 64, [])
     assert all(ids != own for ids, own in zip(usual["chosen_ids"], tokenized["chosen_ids"], strict=True))
 
 

@@ -180,9 +180,11 @@ def test_same_ids_as_the_saved_chat_template(tokenizer, prompt, response):
 
 
 @pytest.fixture(scope="module")
-def saved(tiny_model):
-    """The tokenizer beside a saved model, as `transformers` loads it."""
-    return AutoTokenizer.from_pretrained(tiny_model)
+def saved(tokenizer, tmp_path_factory):
+    """The tokenizer as it is saved beside a model, and as `transformers` loads it."""
+    directory = tmp_path_factory.mktemp("saved")
+    tokenizer.save_pretrained(directory)
+    return AutoTokenizer.from_pretrained(directory)
 
 
 # What is left out are control tokens: there the two differ, and should.

@@ -379,11 +379,11 @@ def test_a_half_written_directory_is_refused(tiny_reward_model, tmp_path, missin
         RewardModelEvaluator(str(tmp_path / "half"))
 
 
-def test_a_model_of_others_is_scored_within_its_positions(tiny_model, tokenizer, tmp_path):
-    model = models.load_reward_model(tiny_model, tokenizer.pad_token_id, 42)
+def test_a_model_of_others_is_scored_within_its_positions(tiny_model, small_tokenizer, tmp_path):
+    model = models.load_reward_model(tiny_model, small_tokenizer.pad_token_id, 42)
     model.config.max_position_embeddings = 512
     model.save_pretrained(tmp_path)
-    tokenizer.save_pretrained(tmp_path)
+    small_tokenizer.save_pretrained(tmp_path)
     assert RewardModelEvaluator(str(tmp_path)).max_length == 512
 
 

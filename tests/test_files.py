@@ -1,5 +1,6 @@
 import ast
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -162,12 +163,12 @@ def test_figures_are_rounded_for_readers():
 
 # --- the house: arrows one way ---------------------------------------------------------------------------------------
 
-# A room imports only those that stand before it.
-ROOMS = [
-    "files", "settings", "processes", "devices", "statistics", "conversations", "form", "hub", "models",
-    "prefix_sharing", "sources", "schemas", "pairs", "processed", "evaluator", "pair_metrics", "reinforce", "rollouts",
-    "plots", "cards", "runs", "trl_flags", "reward_training", "policy_metrics",
-]  # fmt: skip
+
+def rooms() -> list[str]:
+    """The rooms of the package, in the order of the table in the docs."""
+    table = (ROOT / "docs" / "files.md").read_text(encoding="utf-8").split("| room of `reward_pipeline/` |")[1]
+    names = [line.split("|")[1] for line in table.partition("\n\n")[0].splitlines()[2:]]
+    return [room for cell in names for room in re.findall(r"`(\w+)\.py`", cell)]
 
 
 def imported(path: Path) -> set[str]:
@@ -195,13 +196,13 @@ def test_no_file_imports_a_script():
 
 
 def test_rooms_import_only_rooms_above_them():
-    package = ROOT / "reward_pipeline"
-    assert {path.stem for path in package.glob("*.py")} - {"__init__"} == set(ROOMS)
-    names = {room: imported(package / f"{room}.py") for room in ROOMS}
+    package, order = ROOT / "reward_pipeline", rooms()
+    assert sorted(path.stem for path in package.glob("*.py") if path.stem != "__init__") == sorted(order)
+    names = {room: imported(package / f"{room}.py") for room in order}
     found = [
         f"{room} imports {other}"
-        for number, room in enumerate(ROOMS)
-        for other in ROOMS[number:]
+        for number, room in enumerate(order)
+        for other in order[number:]
         if f"reward_pipeline.{other}" in names[room]
     ]
     assert found == []
@@ -210,14 +211,16 @@ def test_rooms_import_only_rooms_above_them():
 LIGHT = """
 import json, sys
 from reward_pipeline import InputError
+import reward_model_demo
 light = [*sys.modules]
 from reward_pipeline import RewardModelEvaluator
+assert reward_model_demo.RewardModelEvaluator is RewardModelEvaluator  # from the script too, as ever
 print(json.dumps([light, [*sys.modules]]))
 """
 
 
 def test_imports_are_light():
-    """The package itself and its errors need no large library, the evaluator none of those that only training needs."""
+    """The package, its errors and a script need no large library, the evaluator none of those that training needs."""
     done = subprocess.run([sys.executable, "-c", LIGHT], cwd=ROOT, capture_output=True, text=True, check=True)
     package, evaluator = ({name.partition(".")[0] for name in modules} for modules in json.loads(done.stdout))
     training = {"trl", "peft", "datasets", "pandas", "matplotlib"}

@@ -96,7 +96,7 @@ def test_every_row_is_kept_or_counted_by_its_reason(run):
     assert "36 read, with 31 pairs: 8 dropped, 0 over the limit, 23 kept" in run["printed"]
 
 
-def test_what_is_written(run, tokenizer):
+def test_what_is_written(run, small_tokenizer):
     splits, metadata = run["splits"], run["metadata"]
     assert {name: len(split) for name, split in splits.items()} == metadata["splits"]
     for name, split in splits.items():
@@ -107,7 +107,7 @@ def test_what_is_written(run, tokenizer):
     for row in splits["validation"]:
         for side in ("chosen", "rejected"):
             assert [message["role"] for message in row[side]] == ["assistant"]
-            assert row[f"{side}_ids"] == encode(tokenizer, row["prompt"], row[side], 64)
+            assert row[f"{side}_ids"] == encode(small_tokenizer, row["prompt"], row[side], 64)
         assert row["length"] == max(len(row["chosen_ids"]), len(row["rejected_ids"]))
         assert row["category"] == ("numbers" if row["prompt"][0]["content"].startswith("Write the number") else "")
     assert {path.name for path in run["directory"].iterdir()} == {
@@ -124,13 +124,13 @@ def trainer_options(tmp_path, **options) -> dict:
     }  # fmt: skip
 
 
-def test_dpo_trainer_takes_the_splits_as_they_are(run, tiny_model, tokenizer, tmp_path):
+def test_dpo_trainer_takes_the_splits_as_they_are(run, tiny_model, small_tokenizer, tmp_path):
     trainer = trl.DPOTrainer(
         AutoModelForCausalLM.from_pretrained(tiny_model),
         args=trl.DPOConfig(**trainer_options(tmp_path)),
         train_dataset=run["splits"]["train"],
         eval_dataset=run["splits"]["validation"],
-        processing_class=tokenizer,
+        processing_class=small_tokenizer,
     )
     # Our columns of ids hold whole conversations; TRL's of the same names must be its own, of the answers alone.
     whole, row = run["splits"]["train"][0], trainer.train_dataset[0]
@@ -142,7 +142,7 @@ def test_dpo_trainer_takes_the_splits_as_they_are(run, tiny_model, tokenizer, tm
 
 
 @pytest.mark.parametrize("ids", [True, False])
-def test_reward_trainer_takes_the_splits_as_they_are(run, tiny_model, tokenizer, tmp_path, ids):
+def test_reward_trainer_takes_the_splits_as_they_are(run, tiny_model, small_tokenizer, tmp_path, ids):
     """With our ids, and without them by tokenising the same texts to the same ids."""
     splits = run["splits"] if ids else run["splits"].remove_columns(["chosen_ids", "rejected_ids"])
     trainer = trl.RewardTrainer(
@@ -150,7 +150,7 @@ def test_reward_trainer_takes_the_splits_as_they_are(run, tiny_model, tokenizer,
         args=trl.RewardConfig(**trainer_options(tmp_path)),
         train_dataset=splits["train"],
         eval_dataset=splits["validation"],
-        processing_class=tokenizer,
+        processing_class=small_tokenizer,
     )
     for side in ("chosen_ids", "rejected_ids"):
         assert trainer.train_dataset[side][:] == run["splits"]["train"][side][:]

@@ -169,15 +169,16 @@ def change_json(path: Path, **changes) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-def test_the_tokenizer_json_counts_whatever_class_the_config_names(tiny_reward_model, tmp_path):
+def test_the_tokenizer_json_counts_whatever_class_the_config_names(tiny_reward_model, tokenizer, tmp_path):
     """SmolLM2's names `GPT2Tokenizer`, which builds its steps itself, without the one for digits."""
     directory = shutil.copytree(tiny_reward_model, tmp_path / "model")
+    tokenizer.save_pretrained(directory)
     change_json(directory / "tokenizer_config.json", tokenizer_class="GPT2Tokenizer")
     own, trained = models.load_tokenizer(str(directory)), models.load_trained_reward_model(str(directory))[0]
-    for tokenizer in (own, trained):
-        assert tokenizer(STEPS)["input_ids"] == STEPS_IDS
-        assert (tokenizer.pad_token_id, tokenizer.eos_token) == (0, "<|im_end|>")
-        assert tokenizer.chat_template == own.chat_template
+    for each in (own, trained):
+        assert each(STEPS)["input_ids"] == STEPS_IDS
+        assert (each.pad_token_id, each.eos_token) == (0, "<|im_end|>")
+        assert each.chat_template == own.chat_template
     own.save_pretrained(tmp_path / "again")
     shutil.copy(directory / "config.json", tmp_path / "again")
     assert AutoTokenizer.from_pretrained(tmp_path / "again")(STEPS)["input_ids"] == STEPS_IDS
@@ -355,15 +356,15 @@ class ZeroStage3:
         return True
 
 
-def test_models_are_loaded_whole_under_zero_3(tiny_model, tokenizer):
+def test_models_are_loaded_whole_under_zero_3(tiny_model, small_tokenizer):
     """Each process would get a part of them otherwise, by DeepSpeed, which is not installed here."""
-    expected = models.load_reward_model(tiny_model, tokenizer.pad_token_id, 42).state_dict()
+    expected = models.load_reward_model(tiny_model, small_tokenizer.pad_token_id, 42).state_dict()
     announced = ZeroStage3()
     set_hf_deepspeed_config(announced)
     try:
         with pytest.raises(ImportError, match="deepspeed"):
             AutoModelForCausalLM.from_pretrained(tiny_model)
-        model = models.load_reward_model(tiny_model, tokenizer.pad_token_id, 42)
+        model = models.load_reward_model(tiny_model, small_tokenizer.pad_token_id, 42)
     finally:
         unset_hf_deepspeed_config()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in model.state_dict().items())
@@ -454,9 +455,10 @@ def test_code_of_a_model_is_never_run(tiny_reward_model, tmp_path, load):
     assert "\n" not in str(refused.value) and not trap.exists()
 
 
-def test_code_of_a_tokenizer_is_never_run(tiny_reward_model, tmp_path):
+def test_code_of_a_tokenizer_is_never_run(tiny_reward_model, tokenizer, tmp_path):
     """Its tokenizer.json is all that is needed; without one it is refused."""
     trap, model = tmp_path / "trap", shutil.copytree(tiny_reward_model, tmp_path / "model")
+    tokenizer.save_pretrained(model)
     their_model(model, trap)
     assert models.load_tokenizer(str(model))(STEPS)["input_ids"] == STEPS_IDS
     (model / "tokenizer.json").unlink()

@@ -185,17 +185,17 @@ def test_the_sides_of_a_stream_share_no_prompt_and_are_all_pairs(write_jsonl, to
     assert set(validation) < set(sides(0.5, 42)[1])
 
 
-def test_a_stream_of_ids_is_endless_and_leaves_out_what_teaches_nothing(write_jsonl, tiny_model, tokenizer):
+def test_a_stream_of_ids_is_endless_and_leaves_out_what_teaches_nothing(write_jsonl, tiny_model, small_tokenizer):
     start = "word " * 100
     same = [{"prompt": f"Go {number}", "chosen": f"{start}yes", "rejected": f"{start}no"} for number in range(9)]
     source = write_jsonl([*same, *make_pairs(20)])
     splits, metadata = stream(source, tiny_model)
     assert metadata["max_length"] == 64 and len(splits["validation"]) == 2
     assert splits["validation"].features["chosen"] == processed.PAIR_FEATURES["chosen"]
-    training = list(processed.stream_pairs(source, None, tokenizer, 0.2, 42, validation=False))
+    training = list(processed.stream_pairs(source, None, small_tokenizer, 0.2, 42, validation=False))
     differing = [pair for pair in training if not response_text(pair["chosen"]).startswith(start)]
     assert len(differing) < len(training)
-    known = [tuple(encode(tokenizer, pair["prompt"], pair["chosen"], 64)) for pair in differing]
+    known = [tuple(encode(small_tokenizer, pair["prompt"], pair["chosen"], 64)) for pair in differing]
     drawn = [[tuple(row["chosen_ids"]) for row in splits["train"].take(3 * len(known))] for _ in range(2)]
     assert drawn[0] == drawn[1]
     first = drawn[0][: len(known)]

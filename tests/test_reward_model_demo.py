@@ -3,11 +3,9 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 
 import pytest
-from conftest import ROOT, names_of, parse, run_main
+from conftest import names_of, parse, run_main
 
 from reward_pipeline import RewardModelEvaluator
 
@@ -108,15 +106,3 @@ def test_wrong_flags_are_one_line(arguments, message, tmp_path, monkeypatch, cap
     assert ended.value.code == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert re.match(f"error: {message}", line)
-
-
-def test_the_evaluator_comes_from_the_script_as_ever_and_is_light():
-    """By a process of its own: this one has imported everything."""
-    code = (
-        "import sys, reward_model_demo; assert 'torch' not in sys.modules; "
-        "from reward_model_demo import RewardModelEvaluator; import reward_pipeline; "
-        "assert RewardModelEvaluator is reward_pipeline.RewardModelEvaluator; "
-        "print({'trl', 'peft', 'datasets', 'pandas', 'matplotlib'} & sys.modules.keys())"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "set()\n", done.stderr

@@ -15,14 +15,14 @@ from reward_pipeline.conversations import encode
 from reward_pipeline.files import InputError
 from reward_pipeline.models import load_reward_model, load_tokenizer
 from reward_pipeline.reward_training import duration, fit_rhythm, log_line, share_update, tokens_of
-from reward_pipeline.trl_flags import REWARD_CONFIG, of
+from reward_pipeline.trl_flags import REWARD_CONFIG, fields_given
 
 
 def config_of(*arguments) -> RewardConfig:
     """What `train_reward_model.py` makes of these flags on a CPU without bf16."""
     given = vars(parse("train_reward_model", *arguments))
     fixed = {"use_cpu": True, "bf16": False, "max_length": None, "disable_dropout": False, "disable_tqdm": True}
-    return RewardConfig(**of(REWARD_CONFIG, given) | fixed | {"remove_unused_columns": False})
+    return RewardConfig(**fields_given(REWARD_CONFIG, given) | fixed | {"remove_unused_columns": False})
 
 
 def make_trainer(tiny_model, tmp_path, pairs, **options):

@@ -106,10 +106,10 @@ def test_texts_can_be_printed():
 
 
 def test_seeds_are_those_that_all_libraries_take():
-    assert settings.seed("4294967295") == 2**32 - 1
+    assert settings.seed_number("4294967295") == 2**32 - 1
     for text in ("-1", "4294967296"):
         with pytest.raises(settings.argparse.ArgumentTypeError, match="0 to 4294967295"):
-            settings.seed(text)
+            settings.seed_number(text)
 
 
 @pytest.mark.parametrize(

@@ -41,7 +41,7 @@ def test_values_become_what_trl_makes_of_them():
     for name in given - {"report_to", "lr_scheduler_kwargs"}:
         assert ours[name] == getattr(theirs, name), name
     assert ours.keys() - {"config"} == given  # what is not given is left to TRL
-    config = RewardConfig(**trl_flags.of(trl_flags.REWARD_CONFIG, ours), use_cpu=True, bf16=False)
+    config = RewardConfig(**trl_flags.fields_given(trl_flags.REWARD_CONFIG, ours), use_cpu=True, bf16=False)
     assert config.report_to == [] and config.lr_scheduler_kwargs == {"num_cycles": 2}
 
 
@@ -65,7 +65,9 @@ def test_one_text_is_no_list_where_it_means_something_else():
 
     def given(*texts):
         options = vars(parser.parse_args(["--optim_target_modules", *texts, "--lora_target_modules", *texts]))
-        both = trl_flags.of(trl_flags.REWARD_CONFIG, options) | trl_flags.of(trl_flags.MODEL_CONFIG, options)
+        both = trl_flags.fields_given(trl_flags.REWARD_CONFIG, options) | trl_flags.fields_given(
+            trl_flags.MODEL_CONFIG, options
+        )
         return both["optim_target_modules"], both["lora_target_modules"]
 
     assert given("all-linear") == ("all-linear", ["all-linear"])
