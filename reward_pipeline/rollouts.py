@@ -16,6 +16,7 @@ from transformers import GenerationConfig
 from reward_pipeline.conversations import Messages, encode_prompt
 from reward_pipeline.devices import autocast
 from reward_pipeline.files import InputError, at_places
+from reward_pipeline.models import positions
 from reward_pipeline.pairs import draw
 from reward_pipeline.processes import together
 from reward_pipeline.reinforce import (

@@ -42,7 +42,7 @@ def counted(*arguments):
 
 def main():
     processed.write_pairs = counted
-    cards.plot_evaluation, reward_training.plot_curves = (lambda *rest: []), (lambda *rest: None)  # dearer than all else
+    cards.plot_evaluation, reward_training.plot_curves = (lambda *rest: []), (lambda *rest: None)  # dear
     for script, *arguments in json.loads(calls.read_text()):
         sys.argv = [script, *arguments]
         try:
