@@ -43,7 +43,7 @@ from reward_pipeline.pairs import draw
 from reward_pipeline.processed import load_processed, processed_pairs
 from reward_pipeline.processes import run_script
 from reward_pipeline.runs import evaluation_directory
-from reward_pipeline.settings import Parser, filled_text, or_none, seed, whole
+from reward_pipeline.settings import Parser, filled_text, or_none, seed_number, whole
 
 PARTS = ("length_rule", "template", "pad_token", "head", "tokenizer")
 BATCH_SIZE = 16  # conversations scored at once
@@ -150,7 +150,7 @@ def main() -> None:
     parser.flag("data", constants["DATA"], filled_text, "directory of load_helpsteer_dataset.py", metavar="DIR")
     limit = or_none(whole(1))
     parser.flag("max_train_samples", constants["MAX_TRAIN_SAMPLES"], limit, "pairs, drawn at random (default: all)")
-    parser.flag("seed", constants["SEED"], seed, "of drawing, head and order")
+    parser.flag("seed", constants["SEED"], seed_number, "of drawing, head and order")
     parser.flag("model", constants["MODEL"], filled_text, "base model: hub id or local directory")
     parser.flag("output", None, filled_text, "directory for figures and plots", metavar="DIR")
     options = parser.parse_args()

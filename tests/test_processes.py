@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from reward_pipeline import processes
 from reward_pipeline.files import InputError
 from reward_pipeline.processes import is_first_process, run_script, stop_requests, together
 
@@ -70,12 +71,15 @@ def test_one_process_is_together_with_itself(first_alone):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_first_signal_is_a_request_and_a_second_one_stops(number, capsys):
+def test_a_first_signal_is_a_request_and_a_second_one_stops(number, monkeypatch, capsys):
+    clock = iter([10.0, 10.5, 11.5])
+    monkeypatch.setattr(processes.time, "monotonic", lambda: next(clock))
     before = signal.getsignal(number)
     with stop_requests() as requested:
         assert not requested()
         signal.raise_signal(number)
         assert requested()
+        signal.raise_signal(number)  # handed on by a launcher, which got it at the same moment
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(number)
     assert signal.getsignal(number) is before

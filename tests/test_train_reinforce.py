@@ -210,7 +210,7 @@ def test_every_constant_is_a_saved_setting(finished):
     settings = json.loads((finished / "settings.json").read_text())
     names = names_of("train_reinforce")
     constants = {name.lower() for name in names if name.isupper()}
-    aside = {"baselines", "trackers", "checkpoints_kept", "ignored_on_resume", "on_mps", "min_max_length"}
+    aside = {"baselines", "accelerate_trackers", "checkpoints_kept", "ignored_on_resume", "on_mps", "min_max_length"}
     assert constants - aside - {"type_checking"} <= settings.keys()
     assert names["IGNORED_ON_RESUME"] <= settings.keys()
     assert settings["ema_decay"] == 0.9 and settings["reward_identity"]["reward_std"] == 0.5
@@ -530,4 +530,4 @@ def test_flags_come_from_constants_a_file_and_the_command_line(tmp_path):
 
 
 def test_trackers_are_those_of_accelerate():
-    assert set(names_of("train_reinforce")["TRACKERS"]) - {"none"} <= {each.value for each in LoggerType}
+    assert set(names_of("train_reinforce")["ACCELERATE_TRACKERS"]) - {"none"} <= {each.value for each in LoggerType}

@@ -900,7 +900,7 @@ def test_the_real_model_takes_a_step(monkeypatch, smollm, tmp_path, write_jsonl)
     run_main(
         "train_reward_model", monkeypatch, "--data", tmp_path / "data", "--output_dir", tmp_path / "out",
         "--max_steps", "1", "--disable_tqdm", "true", "--eval_strategy", "no", "--save_strategy", "no",
-        "--load_best_model_at_end", "false",
+        "--load_best_model_at_end", "false", "--per_device_train_batch_size", "1", "--gradient_accumulation_steps", "1",
     )  # fmt: skip
     before, after = load_reward_model(smollm, 0, 42), RewardModelEvaluator(str(tmp_path / "out")).model
     moved = [not torch.equal(a, b) for a, b in zip(before.parameters(), after.parameters(), strict=True)]
