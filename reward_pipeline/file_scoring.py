@@ -12,7 +12,7 @@ from reward_pipeline.conversations import Response, parse_prompt, response_text
 from reward_pipeline.evaluator import RewardModelEvaluator, check_templates
 from reward_pipeline.files import InputError, first_line, replace_file
 
-CHUNK = 1024  # lines in memory at once
+LINES = 1024  # lines in memory at once
 NEEDED = "prompt, and response, responses, or chosen and rejected"
 
 
@@ -26,21 +26,21 @@ def score_file(evaluator: RewardModelEvaluator, source: Path, target: Path) -> i
         InputError: names the first line that can not be scored, and nothing is written.
     """
     lines, rows, answers = read_lines(source), 0, 0
-    while chunk := list(itertools.islice(lines, CHUNK)):  # a first pass: a bad row is found before the work is done
+    while chunk := list(itertools.islice(lines, LINES)):  # a first pass: a bad row is found before the work is done
         check_templates(evaluator, [row["prompt"] for _, row in chunk], [place for place, _ in chunk])
         rows += len(chunk)
-        answers += sum(len(answers_of(row)) for _, row in chunk)
+        answers += sum(len(row_answers(row)) for _, row in chunk)
     if not rows:
         raise InputError(f"{source}: the file is empty")
     total = answers * len(evaluator.members)
     with replace_file(target) as file, tqdm(total=total, desc="Scoring", unit=" answers") as bar:
         lines = read_lines(source)
-        while chunk := list(itertools.islice(lines, CHUNK)):
-            flat = [(row["prompt"], answer) for _, row in chunk for answer in answers_of(row)]
+        while chunk := list(itertools.islice(lines, LINES)):
+            flat = [(row["prompt"], answer) for _, row in chunk for answer in row_answers(row)]
             prompts, responses = [prompt for prompt, _ in flat], [answer for _, answer in flat]
             scores = iter(evaluator.get_reward_scores(prompts, responses, progress=bar.update))
             for _, row in chunk:
-                rewards = list(itertools.islice(scores, len(answers_of(row))))
+                rewards = list(itertools.islice(scores, len(row_answers(row))))
                 file.write(json.dumps(with_rewards(row, rewards), ensure_ascii=False) + "\n")
     return rows
 
@@ -65,7 +65,7 @@ def check_line(place: str, line: bytes) -> dict[str, Any]:
     try:
         row = json.loads(line.decode("utf-8-sig"))
         parse_prompt(row["prompt"])
-        for answer in answers_of(row):
+        for answer in row_answers(row):
             response_text(answer)
     except json.JSONDecodeError as error:
         raise InputError(f"{place}: not valid JSON ({error.msg}); one object a line is expected") from error
@@ -78,7 +78,7 @@ def check_line(place: str, line: bytes) -> dict[str, Any]:
     return row
 
 
-def answers_of(row: dict[str, Any]) -> Sequence[Response]:
+def row_answers(row: dict[str, Any]) -> Sequence[Response]:
     """The answers of a row, whichever columns hold them."""
     if "responses" in row:
         if not isinstance(row["responses"], list):

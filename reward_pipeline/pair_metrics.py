@@ -18,7 +18,6 @@ from reward_pipeline.pairs import pair_keys
 from reward_pipeline.processes import is_first_process
 from reward_pipeline.statistics import bootstrap_interval, rate_interval, spearman, wins
 
-BATCH_SIZE = 16  # conversations scored at once
 GROUPS = 4  # groups of equal size for accuracy by length and by rating gap
 CONFIDENCE_BINS = 10  # of equal width between 0.5 and 1, for the calibration error
 # Arrays of equal length, one entry a pair: "pairs" (name of the source), "place" (its row there), "prompt", "chosen",
@@ -65,9 +64,7 @@ def score_pairs(evaluator: RewardModelEvaluator, pairs: Dataset, name: str) -> t
     """
     columns, prompts = text_columns(pairs, name), list(pairs["prompt"])
     chosen, rejected = columns["chosen"].tolist(), columns["rejected"].tolist()
-    scores = evaluator.get_member_scores(
-        [*prompts, *prompts], [*chosen, *rejected], BATCH_SIZE, progress=is_first_process()
-    )
+    scores = evaluator.get_member_scores([*prompts, *prompts], [*chosen, *rejected], progress=is_first_process())
     rewards = evaluator.combine(scores)
     member = evaluator.members[0]
     cuts = [

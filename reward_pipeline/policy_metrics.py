@@ -12,7 +12,6 @@ from reward_pipeline.cards import policy_card, samples_table
 from reward_pipeline.conversations import PROMPT_SHARE, encode, encode_prompt
 from reward_pipeline.evaluator import RewardModelEvaluator, check_templates
 from reward_pipeline.files import InputError, json_lines, rounded, write_checksums, write_text
-from reward_pipeline.models import trained_with_halved_prompts
 from reward_pipeline.plots import plot_before_and_after, plot_steps
 from reward_pipeline.rollouts import Answers, PolicyPrompt
 from reward_pipeline.statistics import bootstrap_interval, rate_interval, wilcoxon_p, wins
@@ -46,7 +45,7 @@ def load_judge(
     judge = RewardModelEvaluator(path, device=str(device), mixed_precision=True, normalize=True)
     closing = len(encode(judge.tokenizer, "?", "", judge.max_length)) - len(encode_prompt(judge.tokenizer, "?"))
     whole, reads = max_prompt_length + max_new_tokens + closing, judge.max_length
-    halved = trained_with_halved_prompts(judge.model.config)
+    halved = judge.members[0].halve_prompt
     of_prompt = int(reads * PROMPT_SHARE) if halved else reads
     if whole > reads or max_prompt_length > of_prompt:
         raise InputError(

@@ -26,8 +26,8 @@ from reward_pipeline.pairs import Tally, is_validation_prompt, pair_keys, readab
 from reward_pipeline.processes import together
 from reward_pipeline.schemas import checked_pairs
 from reward_pipeline.sources import (
-    BATCH_SIZE,
     FILE_TYPES,
+    ROWS,
     SAMPLE_FILE,
     Source,
     check_split,
@@ -72,7 +72,7 @@ def write_pairs(sources: list[Source], path: Path, tally: Tally, tokenizer: PreT
     features = Features({**PAIR_FEATURES, **KEY_FEATURES})
     # Not `Dataset.from_generator`, which leaves all pairs in the user's cache; here they go with the scratch directory,
     # and so do the files that `Dataset.map` puts beside this one.
-    writer = ArrowWriter(path=str(path), features=features, writer_batch_size=BATCH_SIZE)
+    writer = ArrowWriter(path=str(path), features=features, writer_batch_size=ROWS)
     for source in sources:
         pairs = readable_pairs(tally.count(source.rows), tokenizer)
         for row, pair, reason in tqdm(pairs, desc=f"Reading {source.name}", unit=" pairs"):
@@ -97,7 +97,7 @@ def _why_nothing(tally: Tally) -> str:
 
 def whole_columns(pairs: Dataset, names: list[str]) -> dict[str, np.ndarray]:
     """(N,) each, read batch by batch: `datasets` takes a kilobyte a row to read a filtered dataset at once."""
-    batches = list(pairs.select_columns(names).with_format("numpy").iter(BATCH_SIZE))
+    batches = list(pairs.select_columns(names).with_format("numpy").iter(ROWS))
     return {name: np.concatenate([batch[name] for batch in batches]) for name in names}
 
 
@@ -155,7 +155,7 @@ def tokenize_pairs(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_len
     return dataset.map(
         token_columns,
         batched=True,
-        batch_size=BATCH_SIZE,
+        batch_size=ROWS,
         fn_kwargs={"tokenizer": tokenizer, "max_length": max_length},
         remove_columns=list(KEY_FEATURES),
         desc=f"Tokenising {name}",
@@ -208,7 +208,7 @@ def stream_ids(
     # A generator, so that no process has to read the source before it trains, and each pass opens it anew.
     pairs = IterableDataset.from_generator(stream_pairs, features=features, gen_kwargs=arguments)
     ids = pairs.map(
-        differing_ids, batched=True, batch_size=BATCH_SIZE, remove_columns=list(features), features=STREAM_FEATURES
+        differing_ids, batched=True, batch_size=ROWS, remove_columns=list(features), features=STREAM_FEATURES
     )
     if not list(ids.take(1)):
         raise InputError(f"{source}: no usable training pair; load_helpsteer_dataset.py --source names the reasons")

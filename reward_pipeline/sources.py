@@ -25,7 +25,7 @@ HUB_DATASET = "esfrankel17/HelpSteer2_binarized"  # hub id of the default source
 HUB_SPLIT = "average_rating_split"  # split of it; its siblings by --split
 SAMPLE_FILE = Path(__file__).resolve().parents[1] / "sample_data" / "helpsteer_sample.jsonl"
 FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet")
-BATCH_SIZE = 1000  # rows per step, for reading and tokenising
+ROWS = 1000  # rows per step, for reading and tokenising
 MAX_DEPTH = 100  # lists and objects in each other; what comes after the parser goes through them by recursion
 NOT_UTF8 = re.compile("[\udc80-\udcff]")  # as what bytes are decoded that are no UTF-8
 BROKEN_FILE = (OSError, EOFError, zlib.error, ijson.JSONError, pyarrow.ArrowException, UnicodeDecodeError, csv.Error)
@@ -134,7 +134,7 @@ def raw_rows(dataset: Dataset, name: str) -> Iterator[Row]:
     """
     number = 0
     try:
-        for table in dataset.with_format("arrow").iter(BATCH_SIZE):
+        for table in dataset.with_format("arrow").iter(ROWS):
             for values in table.to_pylist():
                 number += 1
                 yield Row(f"{name} row {number}", values)
@@ -268,7 +268,7 @@ def parse_cell(value: Any) -> Any:
 def read_parquet(file: OpenFile) -> Iterator[tuple[int, Any, str | None]]:
     """Rows of a Parquet file, batch by batch."""
     number = 0
-    for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=BATCH_SIZE):
+    for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=ROWS):
         for row in batch.to_pylist():
             number += 1
             yield number, row, None

@@ -17,7 +17,7 @@ def evaluator(tiny_reward_model):
 
 
 def test_a_file_is_scored_line_by_line(monkeypatch, evaluator, write_jsonl, tmp_path):
-    monkeypatch.setattr(file_scoring, "CHUNK", 2)
+    monkeypatch.setattr(file_scoring, "LINES", 2)
     messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "b"}]
     rows = [
         {"prompt": "Hi", "response": "a", "id": 7},

@@ -316,7 +316,7 @@ def die_at_call(room, function: str, number: int) -> None:
 
 
 def test_a_killed_preparation_is_repeated_to_the_same_result(no_plot, tiny_model, write_jsonl, tmp_path, monkeypatch):
-    monkeypatch.setattr(processed, "BATCH_SIZE", 50)  # several batches of few pairs
+    monkeypatch.setattr(processed, "ROWS", 50)  # several batches of few pairs
     arguments = ["--source", write_jsonl(make_pairs(150)), "--max_length", "64"]
     moments = random.Random(0)
     for room, function, last in (
