@@ -97,11 +97,10 @@ TRL_DEFAULTS = {
 # Flags of TRL that would be without effect here, or undo what the data was prepared with.
 UNSUPPORTED = {
     **dict.fromkeys(
-        ("model_name_or_path", "model_revision", "dtype", "attn_implementation", "model_init_kwargs", "load_in_8bit"),
-        "the base model is named by --model and loaded in fp32",
-    ),
-    **dict.fromkeys(
-        ("load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"),
+        (
+            *("model_name_or_path", "model_revision", "dtype", "attn_implementation", "model_init_kwargs"),
+            *("load_in_8bit", "load_in_4bit", "bnb_4bit_quant_type", "use_bnb_nested_quant", "bnb_4bit_quant_storage"),
+        ),
         "the base model is named by --model and loaded in fp32",
     ),
     **dict.fromkeys(("chat_template_path", "pad_token", "eos_token"), "the data was prepared with the model's own"),
@@ -180,7 +179,6 @@ def main() -> None:
     options = parse_options()
 
     # Only now, since torch and its kin take seconds to load: a wrong flag has been answered by then.
-
     import torch
     from trl import ModelConfig, RewardConfig, get_peft_config
 
@@ -209,6 +207,7 @@ def main() -> None:
         raise InputError("--torch_compile: not supported on a CPU, where prompts are shared instead")
     output, checkpoints = Path(config.output_dir), Path(config.output_dir) / "checkpoints"
     config.output_dir = str(checkpoints)
+    # The pairs of an update are those of all processes together, so that their number does not change the result.
     reward_training.share_update(config, PER_DEVICE_TRAIN_BATCH_SIZE, GRADIENT_ACCUMULATION_STEPS)
 
     # --- data and base model: everything needed is found before anything is made
@@ -236,6 +235,7 @@ def main() -> None:
         updates = reward_training.fit_rhythm(config, 0, WARMUP_STEPS)  # --max_steps says how long it is
     eval_pairs = reward_training.numbered(splits["validation"])
     eval_pairs = eval_pairs.select(pairs.draw(len(eval_pairs), options.max_eval_samples, config.seed))
+    # Data of another tokenizer would train without a word, on ids that mean something else.
     processed.check_tokens(eval_pairs, tokenizer, metadata["max_length"], metadata["tokenizer"])
 
     # --- reward model: the SFT model with a fresh head of one label
@@ -282,7 +282,7 @@ def main() -> None:
             trainer.add_callback(watch)
             trainer.train(resume_from_checkpoint=checkpoint)
         step, last = trainer.state.global_step, trainer.state.max_steps
-        if watch.interrupted and step < last:
+        if watch.interrupted and step < last:  # stopped in the very last update, the run is finished as any other
             if first:
                 saved = f"Stopped at update {step} of {last}, checkpoint saved."
                 print(f"{saved} The same command goes on; --fresh starts over.")

@@ -18,6 +18,9 @@ def test_device_order(monkeypatch, cuda, mps, expected):
     [
         ({"amx_bf16": True, "avx512_bf16": False}, torch.bfloat16),
         ({"amx_bf16": False, "avx512_bf16": True}, torch.bfloat16),
+        ({"cpu_name": "AMD EPYC", "avx512_bf16": True}, torch.bfloat16),
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True}, None),  # native, and yet slower than fp32
+        ({"cpu_name": "Intel Xeon", "avx512_bf16": True, "amx_bf16": True}, torch.bfloat16),
         ({"bf16": True}, torch.bfloat16),
         ({"amx_bf16": False, "avx512_bf16": False, "avx512_f": True}, None),
     ],
