@@ -46,7 +46,7 @@ def report(results: dict[str, Any]) -> str:
     """All of `metrics.json` that fits a terminal: a row for each source and the total, then the total by groups."""
     from tabulate import tabulate
 
-    from reward_pipeline.pair_metrics import number, span
+    from reward_pipeline.pair_metrics import gain, number, span
 
     def accuracy(figures: dict[str, Any]) -> str:
         return f"{number(figures['accuracy'])} ({span(figures['accuracy_interval'])})"
@@ -59,7 +59,7 @@ def report(results: dict[str, Any]) -> str:
             f"{each['n']:,}",
             accuracy(each),
             number(each["longer_wins"]),
-            f"{each['gain_over_longer_wins']:+.3f} ({span(each['gain_over_longer_wins_interval'])})",
+            gain(each, "longer_wins"),
             f"{number(each['shorter_chosen_accuracy'])} (n = {each['shorter_chosen_n']:,})",
             number(each["ece"]),
             number(each["brier"]),
@@ -67,6 +67,23 @@ def report(results: dict[str, Any]) -> str:
         for name, each in sources.items()
     ]
     parts = [tabulate(rows, header, disable_numparse=True)]
+    # What the model knows beyond counts of form; nobody fitted them for a model that is not this project's.
+    header = ["pairs", "form model", "gain over it (95 %)", "where it is wrong", "where it can not tell"]
+    rows = [
+        [
+            name,
+            number(each["form_wins"]),
+            gain(each, "form"),
+            *(
+                f"{number(each[f'{part}_accuracy'])} (n = {each[f'{part}_n']:,})"
+                for part in ("form_wrong", "form_even")
+            ),
+        ]
+        for name, each in sources.items()
+        if each["form_wins"] is not None
+    ]
+    if rows:
+        parts.append(tabulate(rows, header, disable_numparse=True))
     if len(results["members"]) > 1:
         rows = [[name, accuracy(each)] for name, each in results["members"].items()]
         parts.append(tabulate(rows, ["member", "accuracy (95 %)"], disable_numparse=True))

@@ -66,6 +66,7 @@ def main() -> None:
         KEY_FEATURES,
         data_statistics,
         digest,
+        form_statistics,
         tokenize_pairs,
         whole_columns,
         whole_lengths,
@@ -137,6 +138,7 @@ def main() -> None:
             "tokenizer": model.origin,
             "identical_after_cut": {name: int(same.sum()) for name, same in identical.items()},
             **data_statistics(splits, options.max_length),
+            **form_statistics(splits),
         }
 
         # All of it goes to the disk, and takes the place of the last one only when it is whole.
@@ -155,6 +157,7 @@ def summary(metadata: dict[str, Any]) -> str:
     """What a person wants to know of the prepared data, in lines."""
     rows, sizes, cut = metadata["rows"], metadata["splits"], metadata["truncated_share"]
     longer, gap, limit = metadata["longer_wins"], metadata["rating_gap"], metadata["max_length"]
+    form = metadata["form_wins"]
     lines = [
         f"source          {metadata['source']}",
         f"rows            {rows['read']:,} read, with {rows['pairs']:,} pairs: "
@@ -165,6 +168,7 @@ def summary(metadata: dict[str, Any]) -> str:
         f"over the length {metadata['over_max_length_share']:.1%} of the pairs, kept all the same",
         f"identical       {sum(metadata['identical_after_cut'].values())} pairs once cut",
         f"longer wins     {longer['train']:.3f} train, {longer['validation']:.3f} validation",
+        f"form model      {form['train']:.3f} train, {form['validation']:.3f} validation",
     ]
     if gap:
         lines.append(f"rating gap      {gap['mean']:.2f} on average, median {gap['p50']:.1f}")

@@ -18,15 +18,18 @@ from tabulate import tabulate
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from reward_pipeline.files import InputError, first_line
-from reward_pipeline.pair_metrics import Columns, number, pair_metrics, span
+from reward_pipeline.pair_metrics import Columns, gain, number, pair_metrics, span
 from reward_pipeline.processes import run_script
 from reward_pipeline.settings import Parser
 from reward_pipeline.statistics import bootstrap_interval, wins
 
 NUMBERS = ("chosen_reward", "rejected_reward", "chosen_length", "rejected_length")
-NEEDED = {*NUMBERS, "prompt_key", "rating_gap", "category"}
+NEEDED = {*NUMBERS, "prompt_key", "rating_gap", "category", "form_margin"}
 LONGEST_CELL = 2**31 - 1  # characters; the csv module refuses answers of more than 131,072 otherwise
-HEADER = ["run", "n", "accuracy (95 %)", "difference (95 %)", "gain over longer wins (95 %)", "shorter chosen", "ECE"]
+HEADER = [
+    *("run", "n", "accuracy (95 %)", "difference (95 %)", "gain over longer wins (95 %)", "gain over form (95 %)"),
+    *("shorter chosen", "ECE"),
+]
 
 
 def read_columns(directory: str) -> Columns:
@@ -40,9 +43,9 @@ def read_columns(directory: str) -> Columns:
         table = pandas.read_csv(
             path,
             usecols=lambda name: name in NEEDED,
-            dtype={"category": str, "rating_gap": float},
+            dtype={"category": str, "rating_gap": float, "form_margin": float},
             keep_default_na=False,
-            na_values={"rating_gap": [""]},
+            na_values={"rating_gap": [""], "form_margin": [""]},
         )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
@@ -94,7 +97,8 @@ def compare(runs: dict[str, Columns]) -> list[list[str]]:
                 f"{metrics['n']:,}",
                 f"{metrics['accuracy']:.3f} ({span(metrics['accuracy_interval'])})",
                 against if columns is not baseline else "",
-                f"{metrics['gain_over_longer_wins']:+.3f} ({span(metrics['gain_over_longer_wins_interval'])})",
+                gain(metrics, "longer_wins"),
+                gain(metrics, "form"),
                 number(metrics["shorter_chosen_accuracy"]),
                 number(metrics["ece"]),
             ]

@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from reward_pipeline.files import replace_file, write_text
 from reward_pipeline.models import MODEL_NAME, PACKAGE
-from reward_pipeline.pair_metrics import Columns, number, span
+from reward_pipeline.pair_metrics import Columns, gain, number, span
 from reward_pipeline.plots import plot_evaluation
 from reward_pipeline.statistics import TIE
 
@@ -112,7 +112,8 @@ def reward_model_card(
         dataset_split="validation",
         metric_type="accuracy",
         metric_name=f"pairwise accuracy, ties half (n = {metrics['n']}, 95 % interval "
-        f"{span(metrics['accuracy_interval'])}; longer wins: {metrics['longer_wins']:.3f})",
+        f"{span(metrics['accuracy_interval'])}; longer wins: {metrics['longer_wins']:.3f}, "
+        f"form model: {number(metrics['form_wins'])})",
         metric_value=round(metrics["accuracy"], 4),
     )
     about = front_matter(
@@ -135,7 +136,11 @@ between answers to one prompt have a meaning.
 | pairs / prompts, all unseen in training | {metrics["n"]:,} / {metrics["prompts"]:,} |
 | accuracy, ties half | **{metrics["accuracy"]:.3f}** (95 % interval {span(metrics["accuracy_interval"])}) |
 | baseline: the longer answer wins | {metrics["longer_wins"]:.3f} |
-| gain over it | {metrics["gain_over_longer_wins"]:+.3f} ({span(metrics["gain_over_longer_wins_interval"])}) |
+| gain over it | {gain(metrics, "longer_wins")} |
+| baseline: the form model, which counts and does not read | {number(metrics["form_wins"])} |
+| gain over it | {gain(metrics, "form")} |
+| accuracy on the pairs that the form model gets wrong | {number(metrics["form_wrong_accuracy"])} \
+({span(metrics["form_wrong_interval"])}, n = {metrics["form_wrong_n"]:,}) |
 | accuracy where the chosen answer is the shorter one | {number(metrics["shorter_chosen_accuracy"])} \
 ({span(metrics["shorter_chosen_interval"])}, n = {metrics["shorter_chosen_n"]:,}) |
 | expected calibration error, Brier score | {metrics["ece"]:.3f}, {metrics["brier"]:.3f} |

@@ -1,8 +1,15 @@
-"""What can be told of an answer without reading it."""
+"""What can be told of an answer without reading it: its length, and the form model.
 
-from collections.abc import Iterable
+A reward model that is no better than these has learned what good answers look like, and not to read them.
+"""
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
+import scipy.optimize
+import scipy.special
 
 from reward_pipeline.conversations import Response, response_text
 
@@ -19,3 +26,97 @@ def longer_wins(chosen: Iterable[Response], rejected: Iterable[Response]) -> flo
     """
     extra = np.fromiter((response_length(a) - response_length(b) for a, b in zip(chosen, rejected, strict=True)), int)
     return float(np.mean((np.sign(extra) + 1) / 2))
+
+
+# --- the form model --------------------------------------------------------------------------------------------------
+
+
+def _matches(pattern: str) -> Callable[[str], float]:
+    """log(1 + number of matches): the second bold word says less than the first one."""
+    compiled = re.compile(pattern, re.MULTILINE)
+    return lambda text: math.log1p(len(compiled.findall(text)))
+
+
+def _opens_with(pattern: str) -> Callable[[str], float]:
+    compiled = re.compile(rf"\W*(?:{pattern})\b", re.IGNORECASE)
+    return lambda text: float(compiled.match(text) is not None)
+
+
+def _distinct_words(text: str) -> float:
+    """Share of different ones among the words; of an empty text 1."""
+    words = text.lower().split()
+    return len(set(words)) / len(words) if words else 1.0
+
+
+# What is counted in the text of an answer. None of it says whether the answer is right, or about what was asked.
+COUNTS: dict[str, Callable[[str], float]] = {
+    "log_characters": lambda text: math.log1p(len(text)),
+    "log_words": lambda text: math.log1p(len(text.split())),
+    "log_lines": _matches(r"^.*\S.*$"),
+    "paragraphs": _matches(r"\n\s*\n"),
+    "bold": _matches(r"\*\*[^*\n]+\*\*"),
+    "headings": _matches(r"^#{1,6} "),
+    "bullets": _matches(r"^\s*[-*•] "),
+    "numbered_items": _matches(r"^\s*\d+[.)] "),
+    "code_fences": _matches(r"^\s*```"),
+    "inline_code": _matches(r"`[^`\n]+`"),
+    "table_rows": _matches(r"^\s*\|.*\|\s*$"),
+    "links": _matches(r"https?://"),
+    "questions": _matches(r"\?"),
+    "exclamations": _matches(r"!"),
+    "commas": _matches(r","),
+    "colons": _matches(r":"),
+    "quotes": _matches(r"[\"“”«»]"),
+    "brackets": _matches(r"\("),
+    "digits": _matches(r"\d"),
+    "opens_sure": _opens_with(r"sure|certainly|of course|absolutely|great"),
+    "opens_here": _opens_with(r"here"),
+    "opens_i": _opens_with(r"i|i'm|i’m"),
+    "refuses": _matches(r"\b(?:I can(?:'|’|no)t|I(?:'|’)m sorry|I apologi[sz]e|[Aa]s an AI|unable to)\b"),
+    "ends_with_a_mark": lambda text: float(text.rstrip().endswith((".", "!", "?", "…"))),
+    "distinct_words": _distinct_words,
+}
+PENALTY = 1e-3  # of the squared weights of standardised counts, a pair: some counts are nearly the same
+
+
+def form_counts(response: Response) -> np.ndarray:
+    """(F,) float64, the `COUNTS` of an answer."""
+    text = response_text(response).strip()
+    return np.array([count(text) for count in COUNTS.values()])
+
+
+def form_differences(chosen: Iterable[Response], rejected: Iterable[Response]) -> np.ndarray:
+    """(N, F) counts of the chosen answers minus those of the rejected ones."""
+    rows = [form_counts(a) - form_counts(b) for a, b in zip(chosen, rejected, strict=True)]
+    return np.array(rows).reshape(-1, len(COUNTS))
+
+
+def fit_form_model(differences: np.ndarray) -> dict[str, float]:
+    """Bradley-Terry logistic regression (Bradley and Terry 1952): the weight of every count.
+
+    Minimises the mean of -log sigmoid(d w) plus `PENALTY` |w|^2 / 2 over pairs with differences d, each count divided
+    by its root mean square. There is no intercept: a pair has no side.
+
+    Args:
+        differences: (N, F) of `form_differences`.
+    """
+    scale = np.sqrt(np.mean(differences**2, axis=0))
+    scale[scale == 0] = 1.0  # of a count that no pair differs in; its weight stays 0
+    scaled = differences / scale
+
+    def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        margins = scaled @ weights
+        wrong = scipy.special.expit(-margins)
+        value = -scipy.special.log_expit(margins).mean() + PENALTY / 2 * weights @ weights
+        return value, PENALTY * weights - scaled.T @ wrong / len(scaled)
+
+    fitted = scipy.optimize.minimize(loss, np.zeros(len(scale)), jac=True, method="L-BFGS-B").x / scale
+    return dict(zip(COUNTS, map(float, fitted), strict=True))
+
+
+def form_margins(weights: Mapping[str, float], differences: np.ndarray) -> np.ndarray:
+    """(N,) by how much the form model prefers the chosen answers, in nats of log odds.
+
+    Counts that the model does not know, such as those of a later version, have no weight.
+    """
+    return differences @ np.array([weights.get(name, 0.0) for name in COUNTS])

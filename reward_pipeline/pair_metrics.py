@@ -1,7 +1,7 @@
 """Scored pairs become figures."""
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from reward_pipeline.conversations import Messages, encode_stream, response_text
 from reward_pipeline.evaluator import RewardModelEvaluator
-from reward_pipeline.form import response_length
+from reward_pipeline.form import form_differences, form_margins, response_length
 from reward_pipeline.pairs import pair_keys
 from reward_pipeline.processes import is_first_process
 from reward_pipeline.statistics import bootstrap_interval, rate_interval, spearman, wins
@@ -23,7 +23,8 @@ CONFIDENCE_BINS = 10  # of equal width between 0.5 and 1, for the calibration er
 # Arrays of equal length, one entry a pair: "pairs" (name of the source), "place" (its row there), "prompt", "chosen",
 # "rejected" (texts), "prompt_key" (hash of the prompt), "chosen_reward", "rejected_reward", "chosen_length",
 # "rejected_length" (characters), "chosen_rating", "rejected_rating", "rating_gap" (NaN where unknown), "category" (""
-# where unknown), "prompt_cut", "response_cut" (beside or in either answer).
+# where unknown), "form_margin" (of the form model, NaN where none is known), "prompt_cut", "response_cut" (beside or in
+# either answer).
 Columns = dict[str, np.ndarray]
 
 
@@ -34,8 +35,12 @@ def prompt_text(messages: Messages) -> str:
     return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)
 
 
-def text_columns(pairs: Dataset, name: str) -> Columns:
-    """What is known of N pairs before they are scored."""
+def text_columns(pairs: Dataset, name: str, form_model: Mapping[str, float] | None = None) -> Columns:
+    """What is known of N pairs before they are scored.
+
+    Args:
+        form_model: weights of `form.fit_form_model`, fitted to pairs with other prompts.
+    """
     chosen, rejected = ([response_text(answer) for answer in pairs[side]] for side in ("chosen", "rejected"))
     ratings = [np.array(pairs[f"{side}_rating"], dtype=float) for side in ("chosen", "rejected")]
     return {
@@ -52,6 +57,9 @@ def text_columns(pairs: Dataset, name: str) -> Columns:
         "rejected_rating": ratings[1],
         "rating_gap": ratings[0] - ratings[1],
         "category": np.array(pairs["category"]),
+        "form_margin": (
+            form_margins(form_model, form_differences(chosen, rejected)) if form_model else np.full(len(pairs), np.nan)
+        ),
     }
 
 
@@ -62,7 +70,8 @@ def score_pairs(evaluator: RewardModelEvaluator, pairs: Dataset, name: str) -> t
         The columns (what is cut is told by the first member's tokenizer and length), and the (M, N) margins of the
         evaluator's M members.
     """
-    columns, prompts = text_columns(pairs, name), list(pairs["prompt"])
+    form_model = getattr(evaluator.members[0].model.config, "form_model", None)  # of its own training pairs
+    columns, prompts = text_columns(pairs, name, form_model), list(pairs["prompt"])
     chosen, rejected = columns["chosen"].tolist(), columns["rejected"].tolist()
     scores = evaluator.get_member_scores([*prompts, *prompts], [*chosen, *rejected], progress=is_first_process())
     rewards = evaluator.combine(scores)
@@ -180,6 +189,10 @@ def pair_metrics(columns: Columns) -> dict[str, Any]:
           interval
         - `shorter_chosen_n`, `shorter_chosen_accuracy`, `shorter_chosen_interval`: pairs whose chosen answer is the
           shorter one
+        - `form_wins`, accuracy of the form model; `gain_over_form` and its paired interval; `form_wrong_n`,
+          `form_wrong_accuracy`, `form_wrong_interval`: pairs that the form model gets wrong; `form_even_n`, …: the
+          quarter with its smallest margins, which it can not tell apart; `spearman_margin_form`. All None (and the
+          numbers 0) where no form model is known
         - `mean_margin`; `brier`, mean of (1 - sigmoid(margin))^2; `ece` (`calibration_error`), `reliability` (its bins)
         - `reward_mean`, `reward_std` of all 2 N answers; `spearman_reward_length` over these, and
           `spearman_margin_length` of the differences within a pair
@@ -207,6 +220,7 @@ def pair_metrics(columns: Columns) -> dict[str, Any]:
         "shorter_chosen_n": shorter["n"],
         "shorter_chosen_accuracy": shorter["accuracy"],
         "shorter_chosen_interval": shorter["accuracy_interval"],
+        **form_metrics(columns["form_margin"], margins, pair_wins, prompt_key),
         "mean_margin": float(margins.mean()),
         "brier": float(np.mean(scipy.special.expit(-margins) ** 2)),
         "ece": calibration_error(bins),
@@ -220,6 +234,29 @@ def pair_metrics(columns: Columns) -> dict[str, Any]:
             side: float(columns[f"{side}_cut"].mean()) for side in ("prompt", "response") if f"{side}_cut" in columns
         },
     }
+
+
+def form_metrics(
+    form: np.ndarray, margins: np.ndarray, pair_wins: np.ndarray, prompt_key: np.ndarray
+) -> dict[str, Any]:
+    """What a model knows beyond the form model; see `pair_metrics`.
+
+    Args:
+        form, margins: (N,) margins of the form model, NaN where unknown, and of the model.
+    """
+    known = ~np.isnan(form)
+    form, margins, pair_wins, prompt_key = form[known], margins[known], pair_wins[known], prompt_key[known]
+    form_wins = wins(form, np.zeros_like(form))
+    even = np.abs(form) <= (np.quantile(np.abs(form), 0.25) if len(form) else 0)
+    figures: dict[str, Any] = {
+        "form_wins": float(form_wins.mean()) if len(form) else None,
+        "gain_over_form": float((pair_wins - form_wins).mean()) if len(form) else None,
+        "gain_over_form_interval": bootstrap_interval(pair_wins - form_wins, prompt_key),
+    }
+    for name, chosen in (("form_wrong", form_wins == 0), ("form_even", even)):
+        part = accuracy_with_interval(pair_wins[chosen], prompt_key[chosen])
+        figures |= {f"{name}_{key.removeprefix('accuracy_')}": value for key, value in part.items()}
+    return figures | {"spearman_margin_form": spearman(margins, form) if len(form) else None}
 
 
 def breakdowns(columns: Columns, pair_wins: np.ndarray, longer: np.ndarray) -> dict[str, list[dict[str, Any]]]:
@@ -244,6 +281,12 @@ def number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
+def gain(metrics: Mapping[str, Any], baseline: str) -> str:
+    """Paired difference to "longer_wins" or "form" with its interval; a dash where the baseline is not known."""
+    value, bounds = metrics[f"gain_over_{baseline}"], metrics[f"gain_over_{baseline}_interval"]
+    return "–" if value is None else f"{value:+.3f} ({span(bounds)})"
+
+
 def span(bounds: Sequence[float] | None) -> str:
     """An interval with three decimals; a dash where there is none."""
     return "–" if bounds is None else f"{bounds[0]:.3f} to {bounds[1]:.3f}"
@@ -253,5 +296,6 @@ def metrics_line(metrics: dict[str, Any]) -> str:
     """The main figures of `pair_metrics` in one line."""
     return (
         f"accuracy {metrics['accuracy']:.3f} (95 % interval {span(metrics['accuracy_interval'])}, "
-        f"n = {metrics['n']:,}; longer wins: {metrics['longer_wins']:.3f})"
+        f"n = {metrics['n']:,}; longer wins: {metrics['longer_wins']:.3f}, "
+        f"form model: {number(metrics['form_wins'])})"
     )

@@ -143,12 +143,12 @@ def plot_lengths(lengths: Mapping[str, np.ndarray], max_length: int, path: Path)
     figure.savefig(path, dpi=120)
 
 
-def plot_curves(history: Sequence[Mapping[str, float]], longer_wins: float, path: Path) -> None:
+def plot_curves(history: Sequence[Mapping[str, float]], baselines: Mapping[str, float | None], path: Path) -> None:
     """Loss, accuracy, learning rate and gradient norm against updates.
 
     Args:
         history: log entries of the training; each has `step` and some of the figures.
-        longer_wins: accuracy of preferring the longer answer, on the validation pairs.
+        baselines: accuracies on the validation pairs by their names; None is left out.
     """
     panels = {
         "loss (nats)": {"loss": "train", "eval_loss": "validation"},
@@ -166,7 +166,9 @@ def plot_curves(history: Sequence[Mapping[str, float]], longer_wins: float, path
     # The Bradley-Terry loss of equal rewards: above it the model knows less than nothing.
     panes["loss (nats)"].axhline(math.log(2), color="gray", linestyle=":", linewidth=1, label="ln 2, equal rewards")
     accuracy = panes["accuracy (share of pairs)"]
-    accuracy.axhline(longer_wins, color="tab:green", linestyle="--", linewidth=1, label="longer wins")
+    for (name, value), color in zip(baselines.items(), ("tab:green", "tab:red"), strict=False):
+        if value is not None:
+            accuracy.axhline(value, color=color, linestyle="--", linewidth=1, label=name)
     accuracy.axhline(**CHANCE)
     for axes in panes.values():
         axes.legend()

@@ -20,7 +20,7 @@ from transformers import PreTrainedTokenizerBase
 
 from reward_pipeline.conversations import encode_batch, first_refused, response_text
 from reward_pipeline.files import InputError, check_files
-from reward_pipeline.form import longer_wins
+from reward_pipeline.form import fit_form_model, form_differences, form_margins, longer_wins
 from reward_pipeline.models import ModelSource, load_tokenizer
 from reward_pipeline.pairs import Tally, is_validation_prompt, pair_keys, readable_pairs, text_hash
 from reward_pipeline.processes import together
@@ -35,8 +35,10 @@ from reward_pipeline.sources import (
     open_source,
     pick_split,
 )
+from reward_pipeline.statistics import wins
 
 STREAM_BUFFER = 1000  # pairs of a stream among which the next one is drawn
+FORM_PAIRS = 20_000  # at most, of a split, for the form model: some seconds
 MESSAGES = List({"role": Value("string"), "content": Value("string")})
 PAIR_FEATURES = Features(  # what `check_pair` returns, and where the pair stands
     {
@@ -267,6 +269,23 @@ def stream_processed(
         "tokenizer": model.origin,
     }
     return splits, metadata
+
+
+def form_statistics(splits: DatasetDict) -> dict[str, Any]:
+    """The form model of the training pairs, and its accuracy on both splits (ties half)."""
+    differences = {}
+    for name, split in splits.items():
+        spread = np.linspace(0, len(split) - 1, min(len(split), FORM_PAIRS)).astype(int)  # over all sources alike
+        answers = split.select_columns(["chosen", "rejected"]).select(spread)
+        differences[name] = form_differences(*zip(*((row["chosen"], row["rejected"]) for row in answers), strict=True))
+    weights = fit_form_model(differences["train"])
+    return {
+        "form_model": weights,
+        "form_wins": {
+            name: float(wins(margins, np.zeros_like(margins)).mean())
+            for name, margins in ((name, form_margins(weights, each)) for name, each in differences.items())
+        },
+    }
 
 
 def percentiles(values: np.ndarray) -> dict[str, float]:

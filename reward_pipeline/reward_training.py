@@ -390,7 +390,9 @@ def save_merged(trainer: PairTrainer, base: str, directory: Path) -> None:
     From a freshly loaded base model, so that it also works where the trained one is spread over several processes.
     """
     fresh = load_reward_model(base, trainer.processing_class.pad_token_id, trainer.args.seed)
-    fresh.config.update({name: getattr(trainer.model.config, name) for name in ("reward_max_length", "reward_format")})
+    fresh.config.update(
+        {name: getattr(trainer.model.config, name) for name in ("reward_max_length", "reward_format", "form_model")}
+    )
     merged = PeftModel.from_pretrained(fresh, directory).merge_and_unload()
     round_weights(merged, computing_type(trainer.args))
     for adapter in directory.glob("adapter_*"):
@@ -435,7 +437,8 @@ def write_reward_model(
         log: the trainer's history.
     """
     plots = write_evaluation(columns, metrics, directory)
-    plot_curves(log, metrics["longer_wins"], directory / "plots" / "training_curves.png")
+    baselines = {"longer wins": metrics["longer_wins"], "form model": metrics["form_wins"]}
+    plot_curves(log, baselines, directory / "plots" / "training_curves.png")
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
     config |= {name: metrics[name] for name in ("reward_mean", "reward_std")}  # for `normalize=True`
     contents = {"config": config, "metrics": rounded(metrics), "settings": settings, "training_log": log}

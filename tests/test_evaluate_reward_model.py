@@ -65,6 +65,22 @@ def test_files_and_total(monkeypatch, tiny_reward_model, processed, write_jsonl,
     assert results["total"]["accuracy"] == pytest.approx(right, abs=1e-4)
 
 
+def test_a_model_that_knows_its_form_model_is_compared_with_it(
+    monkeypatch, tiny_reward_model, write_jsonl, tmp_path, capsys
+):
+    rows = [{**pair, "chosen": pair["chosen"] + "!" * (number < 9)} for number, pair in enumerate(make_pairs(12))]
+    source, model = write_jsonl(rows), shutil.copytree(tiny_reward_model, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"form_model": {"exclamations": 1.0}}))
+    figures = evaluate(monkeypatch, tmp_path / "out", "--model", model, "--pairs", source)["total"]
+    assert figures["form_wins"] == (9 + 3 / 2) / 12
+    assert figures["gain_over_form"] == pytest.approx(figures["accuracy"] - figures["form_wins"], abs=1e-4)
+    header, _, row = capsys.readouterr().out.split("form model", 1)[1].splitlines()[:3]
+    assert "where it is wrong" in header and "0.875" in row
+    evaluate(monkeypatch, tmp_path / "without", "--model", tiny_reward_model, "--pairs", source)
+    assert "form model" not in capsys.readouterr().out
+
+
 def test_several_models_are_an_ensemble(
     monkeypatch, tiny_reward_model, other_reward_model, write_jsonl, tmp_path, capsys
 ):

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from reward_pipeline import files, processed, schemas
 from reward_pipeline.conversations import encode
+from reward_pipeline.form import fit_form_model, form_differences, form_margins
 from reward_pipeline.pairs import pair_keys
 from reward_pipeline.schemas import ATTRIBUTES
 
@@ -104,6 +105,10 @@ def test_what_is_written(run, small_tokenizer):
         texts = [(row["chosen"][0]["content"], row["rejected"][0]["content"]) for row in split]
         wins = [(len(chosen) > len(rejected)) + (len(chosen) == len(rejected)) / 2 for chosen, rejected in texts]
         assert metadata["longer_wins"][name] == pytest.approx(np.mean(wins))
+        margins = form_margins(metadata["form_model"], form_differences(split["chosen"], split["rejected"]))
+        assert metadata["form_wins"][name] == pytest.approx(np.mean((np.sign(margins) + 1) / 2))
+    train = splits["train"]
+    assert metadata["form_model"] == pytest.approx(fit_form_model(form_differences(train["chosen"], train["rejected"])))
     for row in splits["validation"]:
         for side in ("chosen", "rejected"):
             assert [message["role"] for message in row[side]] == ["assistant"]

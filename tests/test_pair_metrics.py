@@ -10,7 +10,7 @@ from sklearn.metrics import brier_score_loss
 
 from reward_pipeline import pair_metrics as pm
 from reward_pipeline.evaluator import RewardModelEvaluator
-from reward_pipeline.statistics import rate_interval, wins
+from reward_pipeline.statistics import bootstrap_interval, rate_interval, wins
 
 
 def scored(chosen, rejected, /, **columns) -> pm.Columns:
@@ -29,6 +29,7 @@ def scored(chosen, rejected, /, **columns) -> pm.Columns:
         "rejected_rating": [math.nan] * n,
         "rating_gap": [math.nan] * n,
         "category": [""] * n,
+        "form_margin": [math.nan] * n,
         "prompt_cut": [False] * n,
         "response_cut": [False] * n,
         **columns,
@@ -89,7 +90,33 @@ def test_what_is_not_known_has_no_figure():
     assert metrics["accuracy_interval"] is metrics["shorter_chosen_interval"] is None  # one prompt has no spread
     assert metrics["spearman_reward_length"] == pytest.approx(1)
     assert metrics["spearman_margin_length"] is None  # one pair has no ranks
-    assert "1.000 (95 % interval –, n = 1; longer wins: 1.000)" in pm.metrics_line(metrics)
+    assert "1.000 (95 % interval –, n = 1; longer wins: 1.000, form model: –)" in pm.metrics_line(metrics)
+
+
+def test_the_form_model_beside_the_model_by_hand():
+    metrics = pm.pair_metrics(
+        scored(
+            [2.0, 1.0, 0.0, 3.0, 1.0],
+            [1.0, 0.0, 1.0, 3.0, 0.0],  # right, right, wrong, tie, right
+            form_margin=[0.5, -0.1, -2.0, 0.0, math.nan],  # right, wrong, wrong, tie, not known
+            prompt_key=[1, 2, 3, 3, 4],
+        )
+    )
+    assert metrics["form_wins"] == (1 + 0 + 0 + 0.5) / 4
+    assert metrics["gain_over_form"] == (0 + 1 + 0 + 0) / 4
+    assert metrics["gain_over_form_interval"] == bootstrap_interval(np.array([0.0, 1, 0, 0]), [1, 2, 3, 3])
+    assert (metrics["form_wrong_n"], metrics["form_wrong_accuracy"]) == (2, 0.5)
+    assert metrics["form_wrong_interval"] == rate_interval(np.array([1.0, 0.0]), [2, 3])
+    # |margins| 0, 0.1, 0.5 and 2: a quarter of the way through them is at 0.075.
+    assert (metrics["form_even_n"], metrics["form_even_accuracy"], metrics["form_even_interval"]) == (1, 0.5, None)
+    assert metrics["spearman_margin_form"] == pytest.approx(spearmanr([1, 1, -1, 0], [0.5, -0.1, -2, 0]).statistic)
+
+
+def test_without_a_form_model_its_figures_are_unknown():
+    metrics = pm.pair_metrics(scored([1.0, 0.0], [0.0, 1.0]))
+    figures = {name: value for name, value in metrics.items() if "form" in name}
+    assert {name for name, value in figures.items() if value == 0} == {"form_wrong_n", "form_even_n"}
+    assert {value for name, value in figures.items() if not name.endswith("_n")} == {None}
 
 
 def test_calibration_error_by_hand():
@@ -208,11 +235,14 @@ def test_scored_pairs_carry_their_texts_rewards_and_cuts(tiny_reward_model):
         for number, pair in enumerate(pairs)
     ]
     evaluator = RewardModelEvaluator(tiny_reward_model)
+    evaluator.members[0].model.config.form_model = {"log_words": 1.0}  # as training leaves it
     columns, margins = pm.score_pairs(evaluator, Dataset.from_list(rows), "file")
     assert columns["chosen"].tolist() == [pair["chosen"] for pair in pairs]
     assert columns["prompt"][0] == pairs[0]["prompt"][0]["content"]
     assert columns["prompt"][2].startswith("User: Hi\n\nAssistant: Hello\n\nUser: why why")
     assert columns["rating_gap"].tolist() == [2.5] * 4
+    words = [[len(pair[side].split()) for side in ("chosen", "rejected")] for pair in pairs]
+    assert columns["form_margin"] == pytest.approx([math.log1p(a) - math.log1p(b) for a, b in words])
     assert (columns["prompt_cut"].tolist(), columns["response_cut"].tolist()) == (
         [False, False, True, True],
         [False, True, False, True],

@@ -71,10 +71,10 @@ def test_curves_have_the_lines_that_a_model_must_beat(figures, tmp_path):
         {"step": 2, "eval_loss": 0.6, "eval_accuracy": 0.55},
         {"step": 2, "loss": 0.5, "accuracy": 0.6, "learning_rate": 0.0, "grad_norm": 1.0},
     ]
-    plots.plot_curves(history, 0.53, tmp_path / "curves.png")
+    plots.plot_curves(history, {"longer wins": 0.53, "form model": 0.6, "none": None}, tmp_path / "curves.png")
     panes = {axes.get_ylabel(): axes for axes in figures["curves.png"].axes}
     assert levels(panes["loss (nats)"]) == {"ln 2, equal rewards": pytest.approx(math.log(2))}
-    assert levels(panes["accuracy (share of pairs)"]) == {"longer wins": 0.53, "chance": 0.5}
+    assert levels(panes["accuracy (share of pairs)"]) == {"longer wins": 0.53, "form model": 0.6, "chance": 0.5}
     validation = next(line for line in panes["accuracy (share of pairs)"].lines if line.get_label() == "validation")
     assert (list(validation.get_xdata()), list(validation.get_ydata())) == ([2], [0.55])
     assert {axes.get_xlabel() for axes in panes.values()} == {"updates"}

@@ -183,13 +183,17 @@ def test_a_run_leaves_everything_promised(train, processed, tiny_model, capsys, 
     assert metrics["accuracy"] == right / 8
     low, high = metrics["accuracy_interval"]
     assert (
-        f"accuracy {metrics['accuracy']:.3f} (95 % interval {low:.3f} to {high:.3f}, n = 8; longer wins: 0.000)" in out
+        f"accuracy {metrics['accuracy']:.3f} (95 % interval {low:.3f} to {high:.3f}, n = 8; longer wins: 0.000, "
+        f"form model: {metrics['form_wins']:.3f})" in out
     )
 
     config = json.loads((output / "config.json").read_text())
     flat = [reward for side in rewards for reward in side]
     assert config["reward_mean"] == pytest.approx(sum(flat) / 16, abs=0.02)
     assert (config["pad_token_id"], config["reward_max_length"], config["problem_type"]) == (0, 64, "regression")
+    prepared = json.loads((Path(processed) / "metadata.json").read_text())
+    assert config["form_model"] == prepared["form_model"]
+    assert metrics["form_wins"] == pytest.approx(prepared["form_wins"]["validation"])
     settings = json.loads((output / "settings.json").read_text())
     assert (settings["learning_rate"], settings["base_model"]) == (0.01, f"local directory {tiny_model}")
     log = json.loads((output / "training_log.json").read_text())
