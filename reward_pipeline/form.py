@@ -49,6 +49,7 @@ def _distinct_words(text: str) -> float:
 
 
 # What is counted in the text of an answer. None of it says whether the answer is right, or about what was asked.
+# At the start of a line no pattern may run over its end: on thousands of empty lines that would take minutes.
 COUNTS: dict[str, Callable[[str], float]] = {
     "log_characters": lambda text: math.log1p(len(text)),
     "log_words": lambda text: math.log1p(len(text.split())),
@@ -56,11 +57,11 @@ COUNTS: dict[str, Callable[[str], float]] = {
     "paragraphs": _matches(r"\n\s*\n"),
     "bold": _matches(r"\*\*[^*\n]+\*\*"),
     "headings": _matches(r"^#{1,6} "),
-    "bullets": _matches(r"^\s*[-*•] "),
-    "numbered_items": _matches(r"^\s*\d+[.)] "),
-    "code_fences": _matches(r"^\s*```"),
+    "bullets": _matches(r"^[ \t]*[-*•] "),
+    "numbered_items": _matches(r"^[ \t]*\d+[.)] "),
+    "code_fences": _matches(r"^[ \t]*```"),
     "inline_code": _matches(r"`[^`\n]+`"),
-    "table_rows": _matches(r"^\s*\|.*\|\s*$"),
+    "table_rows": _matches(r"^[ \t]*\|.*\|[ \t]*$"),
     "links": _matches(r"https?://"),
     "questions": _matches(r"\?"),
     "exclamations": _matches(r"!"),

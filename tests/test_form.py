@@ -86,6 +86,18 @@ def test_openings_are_whole_words(text, opening):
     assert [name for name in counts(text) if name.startswith("opens")] == ([opening] if opening else [])
 
 
+def test_thousands_of_empty_lines_are_read_in_one_go():
+    # A pattern that starts again at each of them would not end while anybody waits.
+    assert counts("a" + "\n" * 500_000 + "- b") == {
+        "log_characters": 500_004,
+        "log_words": 3,
+        "log_lines": 2,
+        "paragraphs": 1,
+        "bullets": 1,
+        "distinct_words": 1,
+    }
+
+
 def test_an_answer_that_says_nothing_has_no_form():
     assert counts(" \n") == {"distinct_words": 1}
 
