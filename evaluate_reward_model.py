@@ -136,7 +136,7 @@ def main() -> None:
             "models": options.model,
             "precision": str(evaluator.dtype or "float32").removeprefix("torch."),
             "members": {
-                model: accuracy_with_interval(wins(each, np.zeros_like(each)), columns["prompt_key"])
+                model: accuracy_with_interval(wins(each), columns["prompt_key"])
                 for model, each in zip(options.model, margins, strict=True)
             },
             "files": files,

@@ -12,6 +12,7 @@ import scipy.optimize
 import scipy.special
 
 from reward_pipeline.conversations import Response, response_text
+from reward_pipeline.statistics import wins
 
 
 def response_length(response: Response) -> int:
@@ -25,7 +26,7 @@ def longer_wins(chosen: Iterable[Response], rejected: Iterable[Response]) -> flo
     Ties count half, as they would on average by guessing.
     """
     extra = np.fromiter((response_length(a) - response_length(b) for a, b in zip(chosen, rejected, strict=True)), int)
-    return float(np.mean((np.sign(extra) + 1) / 2))
+    return float(wins(extra).mean())
 
 
 # --- the form model --------------------------------------------------------------------------------------------------

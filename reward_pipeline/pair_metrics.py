@@ -70,12 +70,12 @@ def score_pairs(evaluator: RewardModelEvaluator, pairs: Dataset, name: str) -> t
         The columns (what is cut is told by the first member's tokenizer and length), and the (M, N) margins of the
         evaluator's M members.
     """
-    form_model = getattr(evaluator.members[0].model.config, "form_model", None)  # of its own training pairs
+    member = evaluator.members[0]
+    form_model = getattr(member.model.config, "form_model", None)  # of its own training pairs
     columns, prompts = text_columns(pairs, name, form_model), list(pairs["prompt"])
     chosen, rejected = columns["chosen"].tolist(), columns["rejected"].tolist()
     scores = evaluator.get_member_scores([*prompts, *prompts], [*chosen, *rejected], progress=is_first_process())
     rewards = evaluator.combine(scores)
-    member = evaluator.members[0]
     cuts = [
         [
             (one.prompt_cut, one.response_cut)
@@ -130,7 +130,7 @@ def reliability(margins: np.ndarray, prompt_key: np.ndarray, bins: int = CONFIDE
     Returns:
         For each non-empty of `bins` equal parts of [0.5, 1]: mean confidence and `accuracy_with_interval` (ties half).
     """
-    confidence, pair_wins = scipy.special.expit(np.abs(margins)), wins(margins, np.zeros_like(margins))
+    confidence, pair_wins = scipy.special.expit(np.abs(margins)), wins(margins)
     place = np.minimum(((confidence - 0.5) * 2 * bins).astype(int), bins - 1)
     return [
         {
@@ -205,7 +205,7 @@ def pair_metrics(columns: Columns) -> dict[str, Any]:
     chosen, rejected = columns["chosen_reward"], columns["rejected_reward"]
     margins, pair_wins = chosen - rejected, wins(chosen, rejected)
     extra, prompt_key = columns["chosen_length"] - columns["rejected_length"], columns["prompt_key"]
-    longer = wins(extra, np.zeros_like(extra))
+    longer = wins(extra)
     shorter = accuracy_with_interval(pair_wins[extra < 0], prompt_key[extra < 0])
     rewards = np.concatenate([chosen, rejected])
     lengths = np.concatenate([columns["chosen_length"], columns["rejected_length"]])
@@ -246,7 +246,7 @@ def form_metrics(
     """
     known = ~np.isnan(form)
     form, margins, pair_wins, prompt_key = form[known], margins[known], pair_wins[known], prompt_key[known]
-    form_wins = wins(form, np.zeros_like(form))
+    form_wins = wins(form)
     even = np.abs(form) <= (np.quantile(np.abs(form), 0.25) if len(form) else 0)
     figures: dict[str, Any] = {
         "form_wins": float(form_wins.mean()) if len(form) else None,

@@ -18,7 +18,7 @@ from datasets.arrow_writer import ArrowWriter
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from reward_pipeline.conversations import encode_batch, first_refused, response_text
+from reward_pipeline.conversations import encode_batch, first_refused
 from reward_pipeline.files import InputError, check_files
 from reward_pipeline.form import fit_form_model, form_differences, form_margins, longer_wins
 from reward_pipeline.models import ModelSource, load_tokenizer
@@ -277,14 +277,11 @@ def form_statistics(splits: DatasetDict) -> dict[str, Any]:
     for name, split in splits.items():
         spread = np.linspace(0, len(split) - 1, min(len(split), FORM_PAIRS)).astype(int)  # over all sources alike
         answers = split.select_columns(["chosen", "rejected"]).select(spread)
-        differences[name] = form_differences(*zip(*((row["chosen"], row["rejected"]) for row in answers), strict=True))
+        differences[name] = form_differences(answers["chosen"], answers["rejected"])
     weights = fit_form_model(differences["train"])
     return {
         "form_model": weights,
-        "form_wins": {
-            name: float(wins(margins, np.zeros_like(margins)).mean())
-            for name, margins in ((name, form_margins(weights, each)) for name, each in differences.items())
-        },
+        "form_wins": {name: float(wins(form_margins(weights, each)).mean()) for name, each in differences.items()},
     }
 
 
@@ -320,8 +317,8 @@ def data_statistics(splits: DatasetDict, max_length: int) -> dict[str, Any]:
         "rating_gap": {"n": len(gap), "mean": round(float(gap.mean()), 3), **percentiles(gap)} if len(gap) else None,
         "longer_wins": {
             name: longer_wins(
-                (response_text(row["chosen"]) for row in split.select_columns(["chosen"])),
-                (response_text(row["rejected"]) for row in split.select_columns(["rejected"])),
+                (row["chosen"] for row in split.select_columns(["chosen"])),
+                (row["rejected"] for row in split.select_columns(["rejected"])),
             )
             for name, split in splits.items()
         },

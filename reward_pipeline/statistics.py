@@ -14,8 +14,11 @@ CHUNK_DRAWS = 2**20  # random numbers in memory at once
 Groups = Sequence[Hashable] | np.ndarray  # labels, one a value
 
 
-def wins(scores: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """(N,) 1 where the score is higher than the other one, 0.5 where both are equal up to `TIE`, else 0."""
+def wins(scores: np.ndarray, others: np.ndarray | float = 0.0) -> np.ndarray:
+    """(N,) 1 where the score is higher than the other one, 0.5 where both are equal up to `TIE`, else 0.
+
+    Of margins, `wins(margins)`.
+    """
     margin = np.asarray(scores, float) - np.asarray(others, float)
     return np.where(np.abs(margin) <= TIE, 0.5, (margin > 0).astype(float))
 

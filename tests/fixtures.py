@@ -36,6 +36,16 @@ from reward_pipeline import models
 hypothesis.settings.register_profile("suite", max_examples=60, derandomize=True, deadline=None)
 hypothesis.settings.load_profile("suite")
 
+# One pair, plain and as HelpSteer2 has it.
+USER = {"role": "user", "content": "Name a colour."}
+PAIR = {"prompt": "Name a colour.", "chosen": "Red.", "rejected": "Seven."}
+HUB_PAIR = {
+    "prompt": "Name a colour.",
+    "chosen": [USER, {"role": "assistant", "content": "Red."}],
+    "chosen_rating": 3.2,
+    "rejected": [USER, {"role": "assistant", "content": "Seven."}],
+    "rejected_rating": 0.4,
+}
 SMALL_VOCABULARY = 10_000  # tokens; every text can still be written, by bytes
 
 # Every training collects garbage, and would look through all that the libraries have made at their import.

@@ -2,6 +2,7 @@ import json
 import math
 
 import pytest
+from conftest import HUB_PAIR, PAIR, USER
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -9,16 +10,6 @@ from reward_pipeline.conversations import response_text
 from reward_pipeline.pairs import pair_keys
 from reward_pipeline.schemas import ATTRIBUTES, category_of, check_pair, checked_pairs, join_raw_rows
 from reward_pipeline.sources import BadRow, Row
-
-USER = {"role": "user", "content": "Name a colour."}
-PAIR = {"prompt": "Name a colour.", "chosen": "Red.", "rejected": "Seven."}
-HUB_PAIR = {
-    "prompt": "Name a colour.",
-    "chosen": [USER, {"role": "assistant", "content": "Red."}],
-    "chosen_rating": 3.2,
-    "rejected": [USER, {"role": "assistant", "content": "Seven."}],
-    "rejected_rating": 0.4,
-}
 
 
 @pytest.mark.parametrize(

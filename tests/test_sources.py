@@ -7,6 +7,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
+from conftest import HUB_PAIR, PAIR
 from datasets import Dataset, Features, Image, Value
 from hypothesis import given
 from hypothesis import strategies as st
@@ -16,16 +17,6 @@ from reward_pipeline.conversations import response_text
 from reward_pipeline.files import InputError
 from reward_pipeline.form import longer_wins
 from reward_pipeline.schemas import check_pair, checked_pairs
-
-USER = {"role": "user", "content": "Name a colour."}
-PAIR = {"prompt": "Name a colour.", "chosen": "Red.", "rejected": "Seven."}
-HUB_PAIR = {
-    "prompt": "Name a colour.",
-    "chosen": [USER, {"role": "assistant", "content": "Red."}],
-    "chosen_rating": 3.2,
-    "rejected": [USER, {"role": "assistant", "content": "Seven."}],
-    "rejected_rating": 0.4,
-}
 
 
 def rows_of(path, split=None):
