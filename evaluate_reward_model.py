@@ -61,8 +61,8 @@ def report(results: dict[str, Any]) -> str:
             number(each["longer_wins"]),
             gain(each, "longer_wins"),
             f"{number(each['shorter_chosen_accuracy'])} (n = {each['shorter_chosen_n']:,})",
-            number(each["ece"]),
-            number(each["brier"]),
+            number((each["with_form"] or each)["ece"]),
+            number((each["with_form"] or each)["brier"]),
         ]
         for name, each in sources.items()
     ]
@@ -83,6 +83,12 @@ def report(results: dict[str, Any]) -> str:
         if each["form_wins"] is not None
     ]
     if rows:
+        parts.append(tabulate(rows, header, disable_numparse=True))
+    # The rewards above are the model's alone; a training with the form term has a second one.
+    whole = {name: each["with_form"] for name, each in sources.items() if each["with_form"]}
+    rows = [[name, accuracy(each), gain(each, "longer_wins"), gain(each, "form")] for name, each in whole.items()]
+    if rows:
+        header = ["with the form term", "accuracy (95 %)", "gain over longer wins (95 %)", "gain over form (95 %)"]
         parts.append(tabulate(rows, header, disable_numparse=True))
     if len(results["members"]) > 1:
         rows = [[name, accuracy(each)] for name, each in results["members"].items()]

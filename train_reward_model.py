@@ -45,6 +45,7 @@ MAX_TRAIN_SAMPLES = None  # pairs, drawn at random; None takes all
 MAX_EVAL_SAMPLES = 400  # pairs for the evaluations during training; the last one takes the whole validation split
 STREAM_MAX_LENGTH = 128 if ON_MPS else 256  # tokens, with --streaming; prepared data brings its own
 STREAM_VALIDATION_SHARE = 0.2  # of the prompts, with --streaming
+MISMATCHED_SHARE = 0.15  # of the training pairs, so many more with the answer to another prompt: it has to read both
 # optimisation
 LEARNING_RATE = 5e-5  # peak
 NUM_TRAIN_EPOCHS = 1  # passes over the training pairs
@@ -56,6 +57,7 @@ WEIGHT_DECAY = 0.0  # AdamW
 MAX_GRAD_NORM = 1.0  # gradient clipping
 DROPOUT = 0.0  # wherever the architecture has one: in SmolLM2 that is attention
 # loss
+FORM_TERM = True  # the form model's margin is added to the reward's, which so learns what form leaves over
 CENTER_REWARDS_COEFFICIENT = 0.01  # weight of (r_chosen + r_rejected)^2, arXiv 2312.09244
 # rhythm, in updates; scaled down when a run has fewer of them
 LOGGING_STEPS = 50
@@ -139,6 +141,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.flag("train_half", None, whole(1, 2), "1 or 2: that half of the training prompts, for two separate judges")
     parser.flag("max_train_samples", MAX_TRAIN_SAMPLES, or_none(whole(1)), "pairs, drawn at random (default: all)")
     parser.flag("max_eval_samples", MAX_EVAL_SAMPLES, whole(1), "pairs per evaluation during the training")
+    parser.flag("mismatched_share", MISMATCHED_SHARE, real(least=0, most=1), "of the pairs, more with another's answer")
+    parser.flag("form_term", FORM_TERM, boolean, "let the reward learn what the form model leaves over")
     parser.flag("dropout", DROPOUT, real(least=0, below=1), "wherever the model has it; SmolLM2: in attention")
     parser.flag("fresh", False, boolean, "start over instead of resuming")
     parser.constant("stream_max_length", STREAM_MAX_LENGTH, whole(MIN_MAX_LENGTH))
@@ -180,6 +184,7 @@ def main() -> None:
 
     # Only now, since torch and its kin take seconds to load: a wrong flag has been answered by then.
     import torch
+    from datasets import concatenate_datasets
     from trl import ModelConfig, RewardConfig, get_peft_config
 
     from reward_pipeline import devices, models, pair_metrics, pairs, prefix_sharing, processed, reward_training, runs
@@ -215,11 +220,18 @@ def main() -> None:
     prepared = None if options.streaming else processed.load_processed(options.data)
     base = models.resolve_model(options.model)
     tokenizer = models.load_tokenizer(base.path)
+    form_term = options.form_term and prepared is not None  # nobody has fitted a form model to a stream
     if prepared:
         splits, metadata = prepared
         # The halves are those of the data's seed, whatever the seed of the training: two judges share no prompt.
         train_pairs = pairs.half_of(reward_training.numbered(splits["train"]), options.train_half, metadata["seed"])
         train_pairs = train_pairs.select(pairs.draw(len(train_pairs), options.max_train_samples, config.seed))
+        mismatched = processed.mismatched_ids(
+            train_pairs, options.mismatched_share, tokenizer, metadata["max_length"], config.seed
+        )
+        train_pairs = concatenate_datasets([train_pairs, mismatched])
+        if form_term:
+            train_pairs = reward_training.with_form_term(train_pairs, metadata["form_model"])
         updates = reward_training.fit_rhythm(config, len(train_pairs), WARMUP_STEPS)
     else:
         splits, metadata = processed.stream_processed(
@@ -229,12 +241,15 @@ def main() -> None:
             max_length=given.get("max_length") or STREAM_MAX_LENGTH,
             validation_pairs=options.max_eval_samples,
             validation_share=STREAM_VALIDATION_SHARE,
+            mismatched_share=options.mismatched_share,
             seed=config.seed,
         )
         train_pairs = splits["train"]
         updates = reward_training.fit_rhythm(config, 0, WARMUP_STEPS)  # --max_steps says how long it is
     eval_pairs = reward_training.numbered(splits["validation"])
     eval_pairs = eval_pairs.select(pairs.draw(len(eval_pairs), options.max_eval_samples, config.seed))
+    if form_term:
+        eval_pairs = reward_training.with_form_term(eval_pairs, metadata["form_model"])
     # Data of another tokenizer would train without a word, on ids that mean something else.
     processed.check_tokens(eval_pairs, tokenizer, metadata["max_length"], metadata["tokenizer"])
 
@@ -245,7 +260,8 @@ def main() -> None:
     if metadata["max_length"] > longest:
         raise InputError(f"{data_name}: has up to {metadata['max_length']} tokens, but {options.model} takes {longest}")
     model.config.reward_max_length, model.config.reward_format = metadata["max_length"], models.REWARD_FORMAT
-    model.config.form_model = metadata.get("form_model")  # the baseline of every later evaluation; a stream has none
+    # The baseline of every later evaluation, and whether it is a part of the reward; a stream has none.
+    model.config.form_model, model.config.form_term = metadata.get("form_model"), form_term
     if device.type == "cpu":
         prefix_sharing.share_prefixes(model)  # chosen and rejected have their prompt in common
 
@@ -276,6 +292,8 @@ def main() -> None:
         )
         if first:
             print(plan(metadata, base.origin, train_pairs, reward_training.pairs_per_update(config), updates))
+            if form_term:
+                print("form term      yes: the reward learns what the form model leaves over")
             if checkpoint:
                 print(f"Resuming from {checkpoint} (--fresh starts over).")
         with stop_requests() as stop_requested:

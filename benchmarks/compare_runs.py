@@ -5,6 +5,9 @@ In:  directories with a `rewards.csv`, written by `evaluate_reward_model.py --ou
 Out: a Markdown table on the terminal. All intervals are 95 % bootstrap intervals over prompts.
 
     python benchmarks/compare_runs.py naive reward_model_output other_output
+    python benchmarks/compare_runs.py --form true reward_model_output seed_43
+
+With `--form true` the rewards are those with the form term, of the runs that were trained with it.
 """
 
 import csv
@@ -18,13 +21,15 @@ from tabulate import tabulate
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from reward_pipeline.files import InputError, first_line
-from reward_pipeline.pair_metrics import Columns, gain, number, pair_metrics, span
+from reward_pipeline.pair_metrics import Columns, gain, number, pair_metrics, span, with_form
 from reward_pipeline.processes import run_script
-from reward_pipeline.settings import Parser
+from reward_pipeline.settings import Parser, boolean
 from reward_pipeline.statistics import bootstrap_interval, wins
 
 NUMBERS = ("chosen_reward", "rejected_reward", "chosen_length", "rejected_length")
+FORM = ("chosen_form", "rejected_form")  # empty, or not there, where the training had no form term
 NEEDED = {*NUMBERS, "prompt_key", "rating_gap", "category", "form_margin"}
+MAY_BE_EMPTY = ("rating_gap", "form_margin", *FORM)
 LONGEST_CELL = 2**31 - 1  # characters; the csv module refuses answers of more than 131,072 otherwise
 HEADER = [
     *("run", "n", "accuracy (95 %)", "difference (95 %)", "gain over longer wins (95 %)", "gain over form (95 %)"),
@@ -42,10 +47,10 @@ def read_columns(directory: str) -> Columns:
     try:
         table = pandas.read_csv(
             path,
-            usecols=lambda name: name in NEEDED,
-            dtype={"category": str, "rating_gap": float, "form_margin": float},
+            usecols=lambda name: name in {*NEEDED, *FORM},
+            dtype={"category": str} | dict.fromkeys(MAY_BE_EMPTY, float),
             keep_default_na=False,
-            na_values={"rating_gap": [""], "form_margin": [""]},
+            na_values={name: [""] for name in MAY_BE_EMPTY},
         )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(
@@ -109,10 +114,14 @@ def compare(runs: dict[str, Columns]) -> list[list[str]]:
 def main() -> None:
     parser = Parser(__doc__)
     parser.add_argument("runs", nargs="+", metavar="DIR", help="evaluated runs, the one to compare with first")
+    parser.flag("form", False, boolean, "compare the rewards with the form term, where the training had it")
     options = parser.parse_args()
     if len(set(options.runs)) < len(options.runs):
         parser.error("a run is named twice")
-    rows = compare({directory: read_columns(directory) for directory in options.runs})
+    runs = {directory: read_columns(directory) for directory in options.runs}
+    if options.form:
+        runs = {directory: with_form(columns) or columns for directory, columns in runs.items()}
+    rows = compare(runs)
     print(tabulate(rows, HEADER, tablefmt="github", disable_numparse=True))
 
 

@@ -19,6 +19,17 @@ from reward_pipeline.statistics import TIE
 SHOWN_SAMPLES = 12  # in samples.md
 SHOWN_MISTAKES = 20  # in mistakes.md
 MISTAKE_LENGTH = 600  # characters of a text in it
+FORM_TERM = """
+This is the reward **without** the form term: what is left of a preference beyond length and mark-up, and the one to
+optimise a policy for. The training added to it what the form model makes of an answer (`form_model` in `config.json`:
+a weight for each count), and the sum is what says best which answer people prefer:
+
+```python
+from reward_pipeline import RewardModelEvaluator
+
+RewardModelEvaluator(".", form=True).get_reward_score("What is 2 + 2?", "4")
+```
+"""
 MARKUP = re.compile(r"[\\`*_\[\]|~$]")  # what would be read as Markdown within a cell
 
 
@@ -125,6 +136,7 @@ def reward_model_card(
         model_name="reward model",
         eval_results=[accuracy],
     )
+    sure = metrics["with_form"] or metrics  # a training with the form term made the sum a probability
     pictures = "\n".join(f"![{Path(name).stem.replace('_', ' ')}](plots/{name})" for name in plots)
     return f"""{about}# Reward model
 
@@ -143,7 +155,8 @@ between answers to one prompt have a meaning.
 ({span(metrics["form_wrong_interval"])}, n = {metrics["form_wrong_n"]:,}) |
 | accuracy where the chosen answer is the shorter one | {number(metrics["shorter_chosen_accuracy"])} \
 ({span(metrics["shorter_chosen_interval"])}, n = {metrics["shorter_chosen_n"]:,}) |
-| expected calibration error, Brier score | {metrics["ece"]:.3f}, {metrics["brier"]:.3f} |
+{form_rows(metrics["with_form"])}\
+| expected calibration error, Brier score | {sure["ece"]:.3f}, {sure["brier"]:.3f} |
 | mean margin | {metrics["mean_margin"]:.3f} |
 | reward mean, standard deviation | {metrics["reward_mean"]:.3f}, {metrics["reward_std"]:.3f} |
 | rank correlation with length: rewards, margins | {number(metrics["spearman_reward_length"])}, \
@@ -158,7 +171,8 @@ The pairs that it gets most wrong are in `mistakes.md`, all of them with their r
 
 ## Origin
 - base model: {settings["base_model"]}{", by LoRA, merged" if settings["use_peft"] else ""}
-- data: {source}; {metrics["train_pairs"]:,} training pairs of at most {metadata["max_length"]} tokens
+- data: {source}; {metrics["train_pairs"]:,} training pairs of at most {metadata["max_length"]} tokens, answers to other
+  prompts among them ({settings["mismatched_share"]:g} a pair)
 - {metrics["updates"]:,} updates of {metrics["pairs_per_update"]} pairs, learning rate {settings["learning_rate"]},
   {settings["num_train_epochs"]} epoch(s), centering {settings["center_rewards_coefficient"]}, seed {settings["seed"]};
   all settings in `settings.json`
@@ -174,12 +188,21 @@ messages = [{{"role": "user", "content": "What is 2 + 2?"}}, {{"role": "assistan
 inputs = tokenizer.apply_chat_template(messages, return_tensors="pt", return_dict=True)
 print(model(**inputs).logits.item())
 ```
-
+{FORM_TERM if metrics["with_form"] else ""}
 ## Limits
 A prompt is a message list that ends with a user turn (a plain text is one user turn), in the chat template saved here;
 no system prompt is added. Reads {metadata["max_length"]} tokens. A conversation that fits is never cut; otherwise a
 prompt of more than half of them loses its middle, and the answer its end. A small model: expect it to notice form,
 topic and language before facts.
+"""
+
+
+def form_rows(whole: dict[str, Any] | None) -> str:
+    """Rows of the card for the reward with the form term."""
+    if not whole:
+        return ""
+    return f"""| **with the form term:** accuracy | **{whole["accuracy"]:.3f}** ({span(whole["accuracy_interval"])}) |
+| gain over the form model | {gain(whole, "form")} |
 """
 
 

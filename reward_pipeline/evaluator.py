@@ -29,7 +29,7 @@ from reward_pipeline.conversations import (
 )
 from reward_pipeline.devices import autocast, autocast_dtype, pick_device
 from reward_pipeline.files import InputError, first_line
-from reward_pipeline.form import response_length
+from reward_pipeline.form import form_scores, response_length
 from reward_pipeline.models import (
     inner_linear_layers,
     load_trained_reward_model,
@@ -56,6 +56,7 @@ class Member(NamedTuple):
     std: float
     shares: bool  # whether it computes prefixes in common once
     halve_prompt: bool  # whether it was trained with prompts cut as earlier versions did
+    form_model: dict[str, float] | None  # whose score of an answer is added to the reward, where that is asked for
 
 
 class RewardModelEvaluator:
@@ -76,13 +77,17 @@ class RewardModelEvaluator:
         normalize: shift and scale rewards by the mean and standard deviation that they had on the validation split of
             the training, each model by its own: 0 is then an average answer, 1 one standard deviation above it.
         std_penalty: standard deviations to subtract from the mean of an ensemble.
+        form: add the form term that the training had beside the reward: what the form model makes of an answer.
+            Together they say best which answer people prefer, in pairs like those of the training. Off, a reward is the
+            model's alone, as plain `transformers` gives it: what is left of a preference beyond length and mark-up, and
+            the one to optimise a policy for.
 
     Attributes:
         members: the models in the order given; `tokenizer`, `model` and `max_length` are those of the first.
 
     Raises:
-        InputError: a directory holds no complete one-label reward model, or, with `normalize`, no mean and deviation;
-            the device is not there.
+        InputError: a directory holds no complete one-label reward model, or, with `normalize`, no mean and deviation,
+            or, with `form`, a model that was trained without the form term; the device is not there.
     """
 
     def __init__(
@@ -92,6 +97,7 @@ class RewardModelEvaluator:
         mixed_precision: bool = False,
         normalize: bool = False,
         std_penalty: float = 0.0,
+        form: bool = False,
     ):
         self.device = pick_device() if device is None else present_device(device)
         self.dtype = autocast_dtype(self.device) if mixed_precision else None
@@ -99,7 +105,7 @@ class RewardModelEvaluator:
         paths = [model_path] if isinstance(model_path, str | Path) else list(model_path)
         if not paths:
             raise ValueError("model_path names no directory")
-        self.members = [load_member(str(path), self.device, self.dtype, normalize) for path in paths]
+        self.members = [load_member(str(path), self.device, self.dtype, normalize, form) for path in paths]
         self.tokenizer, self.model, self.max_length = self.members[0][:3]
 
     # --- scores
@@ -197,6 +203,10 @@ class RewardModelEvaluator:
                 # As bytes they take a tenth of the memory, and big-endian ones sort as the numbers do.
                 inputs = [np.array(one.ids, ">i4").tobytes() for one in encoded]
                 row[:] = self._rewards(member, inputs, batch_size, advance)
+                if member.form_model:
+                    row += form_scores(member.form_model, responses)
+                row -= member.mean
+                row /= member.std
         return scores
 
     def combine(self, scores: np.ndarray) -> np.ndarray:
@@ -312,7 +322,7 @@ class RewardModelEvaluator:
                 f"{member.model.name_or_path}: returned a reward that is not finite; its weights are damaged: "
                 "restore it or train it again"
             )
-        return [(scores[ids] - member.mean) / member.std for ids in inputs]
+        return [scores[ids] for ids in inputs]
 
     def _forward(self, model: PreTrainedModel, batch: list[list[int]]) -> list[float]:
         """Rewards of token ids, padded on the right to the longest."""
@@ -340,14 +350,17 @@ def present_device(name: str | torch.device) -> torch.device:
     return device
 
 
-def load_member(path: str, device: torch.device, dtype: torch.dtype | None, normalize: bool) -> Member:
+def load_member(path: str, device: torch.device, dtype: torch.dtype | None, normalize: bool, form: bool) -> Member:
     """Load one trained reward model, to compute in `dtype`; see `RewardModelEvaluator`."""
     tokenizer, model = load_trained_reward_model(path)
+    if form and not getattr(model.config, "form_term", False):
+        raise InputError(f"{path}: was trained without the form term, so no form=True")
     mean, std = 0.0, 1.0
     if normalize:
-        figures: list[Any] = [getattr(model.config, name, None) for name in ("reward_mean", "reward_std")]
+        reward = "reward_with_form" if form else "reward"
+        figures: list[Any] = [getattr(model.config, f"{reward}_{name}", None) for name in ("mean", "std")]
         if figures[0] is None or not figures[1]:
-            raise InputError(f"{path}: config.json has no reward_mean and reward_std above 0, so no normalize=True")
+            raise InputError(f"{path}: config.json has no {reward}_mean and {reward}_std above 0, so no normalize=True")
         mean, std = figures
     max_length = getattr(model.config, "reward_max_length", min(MAX_LENGTH, positions(model)))
     halve_prompt = trained_with_halved_prompts(model.config)
@@ -355,7 +368,8 @@ def load_member(path: str, device: torch.device, dtype: torch.dtype | None, norm
     if dtype:
         for layer in inner_linear_layers(model):
             layer.weight.data = layer.weight.to(dtype)  # once, and not by autocast in every batch
-    return Member(tokenizer, model.to(device), max_length, mean, std, shares, halve_prompt)
+    form_model = model.config.form_model if form else None
+    return Member(tokenizer, model.to(device), max_length, mean, std, shares, halve_prompt, form_model)
 
 
 def check_templates(evaluator: RewardModelEvaluator, prompts: Sequence[Prompt], places: Sequence[str]) -> None:

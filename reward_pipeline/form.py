@@ -116,8 +116,13 @@ def fit_form_model(differences: np.ndarray) -> dict[str, float]:
     return dict(zip(COUNTS, map(float, fitted), strict=True))
 
 
+def form_scores(weights: Mapping[str, float], responses: Iterable[Response]) -> np.ndarray:
+    """(N,) what the form model makes of answers; only differences between answers to one prompt have a meaning."""
+    return np.array([form_margins(weights, form_counts(response)) for response in responses])
+
+
 def form_margins(weights: Mapping[str, float], differences: np.ndarray) -> np.ndarray:
-    """(N,) by how much the form model prefers the chosen answers, in nats of log odds.
+    """(N,) by how much the form model prefers the chosen answers, in nats of log odds, from their (N, F) differences.
 
     Counts that the model does not know, such as those of a later version, have no weight.
     """

@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from reward_pipeline.conversations import Messages, encode_stream, response_text
 from reward_pipeline.evaluator import RewardModelEvaluator
-from reward_pipeline.form import form_differences, form_margins, response_length
+from reward_pipeline.form import form_differences, form_margins, form_scores, response_length
 from reward_pipeline.pairs import pair_keys
 from reward_pipeline.processes import is_first_process
 from reward_pipeline.statistics import bootstrap_interval, rate_interval, spearman, wins
@@ -23,8 +23,8 @@ CONFIDENCE_BINS = 10  # of equal width between 0.5 and 1, for the calibration er
 # Arrays of equal length, one entry a pair: "pairs" (name of the source), "place" (its row there), "prompt", "chosen",
 # "rejected" (texts), "prompt_key" (hash of the prompt), "chosen_reward", "rejected_reward", "chosen_length",
 # "rejected_length" (characters), "chosen_rating", "rejected_rating", "rating_gap" (NaN where unknown), "category" (""
-# where unknown), "form_margin" (of the form model, NaN where none is known), "prompt_cut", "response_cut" (beside or in
-# either answer).
+# where unknown), "form_margin" (of the form model, NaN where none is known), "chosen_form", "rejected_form" (the form
+# term beside the rewards, NaN where the training had none), "prompt_cut", "response_cut" (beside or in either answer).
 Columns = dict[str, np.ndarray]
 
 
@@ -74,6 +74,7 @@ def score_pairs(evaluator: RewardModelEvaluator, pairs: Dataset, name: str) -> t
     form_model = getattr(member.model.config, "form_model", None)  # of its own training pairs
     columns, prompts = text_columns(pairs, name, form_model), list(pairs["prompt"])
     chosen, rejected = columns["chosen"].tolist(), columns["rejected"].tolist()
+    terms = form_terms(evaluator, [*chosen, *rejected])
     scores = evaluator.get_member_scores([*prompts, *prompts], [*chosen, *rejected], progress=is_first_process())
     rewards = evaluator.combine(scores)
     cuts = [
@@ -90,10 +91,29 @@ def score_pairs(evaluator: RewardModelEvaluator, pairs: Dataset, name: str) -> t
     columns |= {
         "chosen_reward": rewards[: len(pairs)],
         "rejected_reward": rewards[len(pairs) :],
+        "chosen_form": terms[: len(pairs)],
+        "rejected_form": terms[len(pairs) :],
         "prompt_cut": prompt_cut,
         "response_cut": response_cut,
     }
     return columns, scores[:, : len(pairs)] - scores[:, len(pairs) :]
+
+
+def form_terms(evaluator: RewardModelEvaluator, responses: Sequence[str]) -> np.ndarray:
+    """(N,) what the form term adds to the reward of an answer, of an ensemble the mean; NaN where a member has none."""
+    configs = [member.model.config for member in evaluator.members]
+    if not all(getattr(config, "form_term", False) for config in configs):
+        return np.full(len(responses), np.nan)
+    return np.mean([form_scores(config.form_model, responses) for config in configs], axis=0)
+
+
+def with_form(columns: Columns) -> Columns | None:
+    """The columns with the form term as a part of the rewards; None where the training had none."""
+    terms = [columns.get(f"{side}_form") for side in ("chosen", "rejected")]
+    if any(term is None or np.isnan(term).any() for term in terms):
+        return None
+    whole = {f"{side}_reward": columns[f"{side}_reward"] + columns[f"{side}_form"] for side in ("chosen", "rejected")}
+    return {name: values for name, values in {**columns, **whole}.items() if not name.endswith("_form")}
 
 
 def score_together(evaluator: RewardModelEvaluator, pairs: Dataset, name: str) -> Columns:
@@ -199,10 +219,12 @@ def pair_metrics(columns: Columns) -> dict[str, Any]:
         - `by_rating_gap`, `by_length` (characters of the longer answer), `by_category`: see `accuracy_by`; empty where
           the pairs do not say
         - `cut_share` of pairs with a cut prompt, or with a cut answer
+        - `with_form`: all of this for the rewards with the form term, None where the training had none; the confidences
+          of a model that was trained with it are those of the sum
 
         All intervals are 95 % and over prompts: a bootstrap that draws whole prompts, None for fewer than two.
     """
-    chosen, rejected = columns["chosen_reward"], columns["rejected_reward"]
+    chosen, rejected, whole = columns["chosen_reward"], columns["rejected_reward"], with_form(columns)
     margins, pair_wins = chosen - rejected, wins(chosen, rejected)
     extra, prompt_key = columns["chosen_length"] - columns["rejected_length"], columns["prompt_key"]
     longer = wins(extra)
@@ -233,6 +255,7 @@ def pair_metrics(columns: Columns) -> dict[str, Any]:
         "cut_share": {
             side: float(columns[f"{side}_cut"].mean()) for side in ("prompt", "response") if f"{side}_cut" in columns
         },
+        "with_form": pair_metrics(whole) if whole else None,
     }
 
 
@@ -294,8 +317,10 @@ def span(bounds: Sequence[float] | None) -> str:
 
 def metrics_line(metrics: dict[str, Any]) -> str:
     """The main figures of `pair_metrics` in one line."""
+    whole = metrics["with_form"]
     return (
         f"accuracy {metrics['accuracy']:.3f} (95 % interval {span(metrics['accuracy_interval'])}, "
         f"n = {metrics['n']:,}; longer wins: {metrics['longer_wins']:.3f}, "
         f"form model: {number(metrics['form_wins'])})"
+        + (f"; with the form term {whole['accuracy']:.3f} ({span(whole['accuracy_interval'])})" if whole else "")
     )

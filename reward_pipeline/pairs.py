@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from datasets import Dataset
 
-from reward_pipeline.conversations import first_refused, response_text
+from reward_pipeline.conversations import Messages, first_refused, response_text
 from reward_pipeline.files import InputError
 from reward_pipeline.schemas import checked_pairs, stripped_turns
 from reward_pipeline.sources import Row
@@ -43,7 +43,7 @@ def pair_keys(pair: dict[str, Any]) -> dict[str, Any]:
     Args:
         pair: `prompt` (messages), `chosen` and `rejected` (text or messages); outer white space makes no difference.
     """
-    prompt = json.dumps(stripped_turns(pair["prompt"]))
+    prompt = _prompt_text(pair["prompt"])
     chosen, rejected = (response_text(pair[side]).strip() for side in ("chosen", "rejected"))
     first, second = sorted((chosen, rejected))  # so that a pair and its contradiction have one key
     return {
@@ -51,6 +51,15 @@ def pair_keys(pair: dict[str, Any]) -> dict[str, Any]:
         "pair_key": text_hash(json.dumps([prompt, first, second])),
         "swapped": first != chosen,
     }
+
+
+def prompt_key(prompt: Messages) -> int:
+    """Hash that equal prompts have in common, outer white space of their turns aside."""
+    return text_hash(_prompt_text(prompt))
+
+
+def _prompt_text(prompt: Messages) -> str:
+    return json.dumps(stripped_turns(prompt))
 
 
 def text_hash(text: str) -> int:
@@ -157,6 +166,5 @@ def half_of(pairs: Dataset, half: int | None, seed: int) -> Dataset:
     """The pairs of one half of the prompts, or all pairs; `seed` is that of the data, the same for both halves."""
     if half is None:
         return pairs
-    texts = pairs.select_columns(["prompt", "chosen", "rejected"])
-    prompt_keys = np.array([pair_keys(pair)["prompt_key"] for pair in texts])
+    prompt_keys = np.array([prompt_key(pair["prompt"]) for pair in pairs.select_columns(["prompt"])])
     return pairs.select(split_by_prompt(prompt_keys, 0.5, seed)[half - 1])

@@ -22,9 +22,10 @@ CHANCE: dict[str, Any] = {"y": 0.5, "color": "gray", "linestyle": ":", "linewidt
 
 def plot_evaluation(columns: Columns, metrics: dict[str, Any], directory: Path) -> list[str]:
     """Draw the figures of `pair_metrics`; returns the names of the files written."""
+    sure = metrics["with_form"] or metrics  # a training with the form term made the sum a probability
     figures = {
         "margins.png": plot_margins(columns, metrics),
-        "reliability.png": plot_reliability(metrics["reliability"], metrics["ece"]),
+        "reliability.png": plot_reliability(sure["reliability"], sure["ece"]),
         "reward_against_length.png": plot_against_length(columns),
         "accuracy_by_length.png": plot_groups(metrics["by_length"], "length of the longer answer (characters)"),
     }

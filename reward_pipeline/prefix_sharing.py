@@ -140,6 +140,7 @@ def into_tree(
     config, given = base.config, {name: value for name, value in kwargs.items() if value is not None}
     ids, mask = args[0] if args else given.pop("input_ids", None), given.pop("attention_mask", None)
     cached = given.pop("use_cache", config.use_cache)
+    given.pop("margin", None)  # of the loss: TRL hands the whole batch to the model
     if cached or given or len(args) > 1 or config.output_hidden_states or config.output_attentions:
         return None
     if not (isinstance(ids, torch.Tensor) and isinstance(mask, torch.Tensor)):  # a mask may be a dictionary of several

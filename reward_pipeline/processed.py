@@ -22,6 +22,7 @@ from reward_pipeline.conversations import encode_batch, first_refused
 from reward_pipeline.files import InputError, check_files
 from reward_pipeline.form import fit_form_model, form_differences, form_margins, longer_wins
 from reward_pipeline.models import ModelSource, load_tokenizer
+from reward_pipeline.negatives import mismatched_pairs
 from reward_pipeline.pairs import Tally, is_validation_prompt, pair_keys, readable_pairs, text_hash
 from reward_pipeline.processes import together
 from reward_pipeline.schemas import checked_pairs
@@ -164,6 +165,39 @@ def tokenize_pairs(dataset: Dataset, tokenizer: PreTrainedTokenizerBase, max_len
     )
 
 
+def differing_ids(
+    batch: dict[str, list], tokenizer: PreTrainedTokenizerBase, max_length: int, features: Features
+) -> dict[str, list]:
+    """The columns `features` of a batch of pairs and of `token_columns`, without pairs that the cut made the same."""
+    columns = {**batch, **token_columns(batch, tokenizer, max_length)}
+    differs = [not same for same in columns["identical"]]
+    return {name: list(itertools.compress(columns[name], differs)) for name in features}
+
+
+def mismatched_ids(
+    pairs: Dataset, share: float, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int
+) -> Dataset:
+    """`negatives.mismatched_pairs` of training pairs, tokenised: a dataset in memory, with the columns of `pairs`.
+
+    The other answer is one of the same thousand pairs, and so mostly of the same source where several are joined:
+    between sources the style alone would tell.
+    """
+
+    def made(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
+        drawn = mismatched_pairs(batch, share, np.random.default_rng([seed, numbers[0]]))
+        return differing_ids(drawn, tokenizer, max_length, pairs.features)
+
+    return pairs.map(
+        made,
+        batched=True,
+        batch_size=ROWS,
+        with_indices=True,
+        features=pairs.features,
+        keep_in_memory=True,  # `datasets` would leave a file beside the prepared data
+        desc="Mismatching answers",
+    )
+
+
 def stream_pairs(
     source: str,
     split: str | None,
@@ -186,17 +220,19 @@ def stream_ids(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     validation_share: float,
+    mismatched_share: float,
     seed: int,
 ) -> IterableDataset:
     """Token ids and places of the training pairs as a stream without end: over the source again and again.
 
+    With `negatives.mismatched_pairs` of every thousand of them.
     The order follows from source and seed alone: each pair is drawn from the next `STREAM_BUFFER` ones.
     """
 
-    def differing_ids(batch: dict[str, list]) -> dict[str, list]:
-        columns = {**batch, **token_columns(batch, tokenizer, max_length)}
-        differs = [not same for same in columns["identical"]]
-        return {name: list(itertools.compress(columns[name], differs)) for name in STREAM_FEATURES}
+    def training_ids(batch: dict[str, list], numbers: list[int]) -> dict[str, list]:
+        drawn = mismatched_pairs(batch, mismatched_share, np.random.default_rng([seed, numbers[0]]))
+        rows = {name: [*batch[name], *drawn[name]] for name in batch}
+        return differing_ids(rows, tokenizer, max_length, STREAM_FEATURES)
 
     arguments = {
         "source": source,
@@ -210,7 +246,12 @@ def stream_ids(
     # A generator, so that no process has to read the source before it trains, and each pass opens it anew.
     pairs = IterableDataset.from_generator(stream_pairs, features=features, gen_kwargs=arguments)
     ids = pairs.map(
-        differing_ids, batched=True, batch_size=ROWS, remove_columns=list(features), features=STREAM_FEATURES
+        training_ids,
+        batched=True,
+        batch_size=ROWS,
+        with_indices=True,
+        remove_columns=list(features),
+        features=STREAM_FEATURES,
     )
     if not list(ids.take(1)):
         raise InputError(f"{source}: no usable training pair; load_helpsteer_dataset.py --source names the reasons")
@@ -224,6 +265,7 @@ def stream_processed(
     max_length: int,
     validation_pairs: int,
     validation_share: float,
+    mismatched_share: float,
     seed: int,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What `load_processed` returns, straight from a source: nothing is written.
@@ -236,6 +278,7 @@ def stream_processed(
         max_length: of a conversation, in tokens.
         validation_pairs: the first so many pairs of the validation side; all when there are fewer.
         validation_share: of the prompts, for the validation side.
+        mismatched_share: of the training pairs, so many more with the answer to another prompt.
         seed: of the split and of the order.
 
     Returns:
@@ -254,7 +297,7 @@ def stream_processed(
     keys = whole_columns(pairs, list(KEY_FEATURES))
     seen = digest(keys["pair_key"], keys["swapped"])
     splits = {
-        "train": stream_ids(source, split, tokenizer, max_length, validation_share, seed),
+        "train": stream_ids(source, split, tokenizer, max_length, validation_share, mismatched_share, seed),
         "validation": tokenize_pairs(pairs, tokenizer, max_length, "validation"),
     }
     origin = open_source(source, split, streaming=True).origin

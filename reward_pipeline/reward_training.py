@@ -5,7 +5,7 @@ import json
 import math
 import pickle
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -34,6 +34,7 @@ from reward_pipeline.files import (
     write_checksums,
     write_text,
 )
+from reward_pipeline.form import form_differences, form_margins
 from reward_pipeline.models import load_reward_model, round_weights
 from reward_pipeline.pair_metrics import Columns
 from reward_pipeline.plots import plot_curves
@@ -41,6 +42,7 @@ from reward_pipeline.processes import together
 from reward_pipeline.runs import CHECKPOINT_REMEDY
 from reward_pipeline.statistics import wins
 
+OWN_SETTINGS = ("reward_max_length", "reward_format", "form_model", "form_term")  # of a reward model, in its config
 MIN_WARMUP_UPDATES = 20  # shorter runs start at the full learning rate
 READ_AT_ONCE = 10_000  # pairs whose tokens are counted
 WARM_UPDATES = 3  # the first ones are slower, on a GPU several times; the speed is told by as many after them
@@ -67,6 +69,10 @@ class PairTrainer(RewardTrainer):
     ) -> Any:
         places = inputs.pop("place", [])
         loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        if "margin" in inputs and self.model.training:  # TRL's accuracy leaves it out
+            chosen, rejected = outputs.logits.detach().squeeze(-1).chunk(2)
+            right = (chosen - rejected > inputs["margin"]).float().mean()
+            self._metrics["train"]["accuracy"][-1] = self.accelerator.gather_for_metrics(right).mean().item()
         # The same answer in all processes, so that all of them stop.
         if not self.accelerator.gather(loss.detach()).isfinite().all():
             self.refuse("loss", gather_object([] if loss.isfinite() else places))
@@ -102,8 +108,9 @@ class PairTrainer(RewardTrainer):
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss, outputs = self.compute_loss(model, inputs, return_outputs=True)
-        rewards = outputs.logits.detach().float().squeeze(-1).chunk(2)
-        pairs = torch.stack(rewards, dim=1)  # (pairs, 2): chosen, rejected
+        chosen, rejected = outputs.logits.detach().float().squeeze(-1).chunk(2)
+        # (pairs, 2): chosen, rejected; the loss asks of them a difference of more than the margin
+        pairs = torch.stack([chosen - inputs.get("margin", 0.0), rejected], dim=1)
         return loss.detach(), pairs, torch.zeros_like(pairs[:, 0])  # without labels no metrics would be computed
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -348,6 +355,18 @@ def computing_type(config: RewardConfig) -> torch.dtype:
     return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
 
 
+def with_form_term(pairs: Dataset, form_model: Mapping[str, float]) -> Dataset:
+    """The pairs with what the form model makes of them as minus TRL's `margin`.
+
+    The loss is then -log sigmoid(r_chosen - r_rejected + form margin): a product of experts (arXiv 1909.03683), of
+    which only the reward learns, and so learns what form leaves over.
+    """
+    answers = pairs.select_columns(["chosen", "rejected"])
+    return pairs.add_column(
+        "margin", -form_margins(form_model, form_differences(answers["chosen"], answers["rejected"]))
+    )
+
+
 def numbered(pairs: Dataset) -> Dataset:
     """The pairs with their numbers, which `place_collator` names."""
     return pairs.add_column("row", np.arange(len(pairs)))
@@ -390,9 +409,7 @@ def save_merged(trainer: PairTrainer, base: str, directory: Path) -> None:
     From a freshly loaded base model, so that it also works where the trained one is spread over several processes.
     """
     fresh = load_reward_model(base, trainer.processing_class.pad_token_id, trainer.args.seed)
-    fresh.config.update(
-        {name: getattr(trainer.model.config, name) for name in ("reward_max_length", "reward_format", "form_model")}
-    )
+    fresh.config.update({name: getattr(trainer.model.config, name) for name in OWN_SETTINGS})
     merged = PeftModel.from_pretrained(fresh, directory).merge_and_unload()
     round_weights(merged, computing_type(trainer.args))
     for adapter in directory.glob("adapter_*"):
@@ -440,7 +457,8 @@ def write_reward_model(
     baselines = {"longer wins": metrics["longer_wins"], "form model": metrics["form_wins"]}
     plot_curves(log, baselines, directory / "plots" / "training_curves.png")
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    config |= {name: metrics[name] for name in ("reward_mean", "reward_std")}  # for `normalize=True`
+    for prefix, figures in (("reward", metrics), ("reward_with_form", metrics["with_form"])):  # for `normalize=True`
+        config |= {f"{prefix}_{name}": figures[f"reward_{name}"] for name in ("mean", "std") if figures}
     contents = {"config": config, "metrics": rounded(metrics), "settings": settings, "training_log": log}
     for name, content in contents.items():
         write_text(directory / f"{name}.json", json.dumps(content, indent=2, default=str) + "\n")

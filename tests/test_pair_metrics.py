@@ -235,14 +235,17 @@ def test_scored_pairs_carry_their_texts_rewards_and_cuts(tiny_reward_model):
         for number, pair in enumerate(pairs)
     ]
     evaluator = RewardModelEvaluator(tiny_reward_model)
-    evaluator.members[0].model.config.form_model = {"log_words": 1.0}  # as training leaves it
+    config = evaluator.members[0].model.config
+    config.form_model, config.form_term = {"log_words": 2.0}, True  # as training leaves it
     columns, margins = pm.score_pairs(evaluator, Dataset.from_list(rows), "file")
     assert columns["chosen"].tolist() == [pair["chosen"] for pair in pairs]
     assert columns["prompt"][0] == pairs[0]["prompt"][0]["content"]
     assert columns["prompt"][2].startswith("User: Hi\n\nAssistant: Hello\n\nUser: why why")
     assert columns["rating_gap"].tolist() == [2.5] * 4
     words = [[len(pair[side].split()) for side in ("chosen", "rejected")] for pair in pairs]
-    assert columns["form_margin"] == pytest.approx([math.log1p(a) - math.log1p(b) for a, b in words])
+    assert columns["form_margin"] == pytest.approx([2 * (math.log1p(a) - math.log1p(b)) for a, b in words])
+    assert columns["chosen_form"] == pytest.approx([2 * math.log1p(a) for a, _ in words])
+    assert columns["rejected_form"] == pytest.approx([2 * math.log1p(b) for _, b in words])
     assert (columns["prompt_cut"].tolist(), columns["response_cut"].tolist()) == (
         [False, False, True, True],
         [False, True, False, True],
@@ -252,6 +255,13 @@ def test_scored_pairs_carry_their_texts_rewards_and_cuts(tiny_reward_model):
             score = evaluator.get_reward_score(pair["prompt"], pair[side])
             assert columns[f"{side}_reward"][number] == pytest.approx(score, abs=1e-5)
     assert margins.tolist() == [(columns["chosen_reward"] - columns["rejected_reward"]).tolist()]
+    whole = pm.pair_metrics(columns)["with_form"]
+    sums = columns["chosen_reward"] - columns["rejected_reward"] + columns["form_margin"]
+    assert whole["accuracy"] == np.mean(sums > 0)
+    assert whole["mean_margin"] == pytest.approx(sums.mean())
+    config.form_term = False  # the same counts as a baseline alone
+    assert pm.pair_metrics(pm.score_pairs(evaluator, Dataset.from_list(rows), "file")[0])["with_form"] is None
+    config.form_term = True
     together = pm.score_together(evaluator, Dataset.from_list(rows), "file")
     assert {name: each.tolist() for name, each in together.items()} == {
         name: each.tolist() for name, each in columns.items()
