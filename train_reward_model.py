@@ -245,7 +245,8 @@ def main() -> None:
     if metadata["max_length"] > longest:
         raise InputError(f"{data_name}: has up to {metadata['max_length']} tokens, but {options.model} takes {longest}")
     model.config.reward_max_length, model.config.reward_format = metadata["max_length"], models.REWARD_FORMAT
-    model.config.form_model = metadata.get("form_model")  # the baseline of every later evaluation; a stream has none
+    # The baselines of every later evaluation; a stream has none.
+    model.config.form_model, model.config.author_strengths = map(metadata.get, ("form_model", "author_strengths"))
     if device.type == "cpu":
         prefix_sharing.share_prefixes(model)  # chosen and rejected have their prompt in common
 

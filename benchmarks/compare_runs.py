@@ -24,7 +24,8 @@ from reward_pipeline.settings import Parser
 from reward_pipeline.statistics import bootstrap_interval, wins
 
 NUMBERS = ("chosen_reward", "rejected_reward", "chosen_length", "rejected_length")
-NEEDED = {*NUMBERS, "prompt_key", "rating_gap", "category", "form_margin"}
+MAY_BE_EMPTY = ("rating_gap", "form_margin", "author_margin")
+NEEDED = {*NUMBERS, *MAY_BE_EMPTY, "prompt_key", "category"}
 LONGEST_CELL = 2**31 - 1  # characters; the csv module refuses answers of more than 131,072 otherwise
 HEADER = [
     *("run", "n", "accuracy (95 %)", "difference (95 %)", "gain over longer wins (95 %)", "gain over form (95 %)"),
@@ -43,9 +44,9 @@ def read_columns(directory: str) -> Columns:
         table = pandas.read_csv(
             path,
             usecols=lambda name: name in NEEDED,
-            dtype={"category": str, "rating_gap": float, "form_margin": float},
+            dtype={"category": str, **dict.fromkeys(MAY_BE_EMPTY, float)},
             keep_default_na=False,
-            na_values={"rating_gap": [""], "form_margin": [""]},
+            na_values={name: [""] for name in MAY_BE_EMPTY},
         )
     except (OSError, ValueError, KeyError) as error:
         raise InputError(

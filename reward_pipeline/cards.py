@@ -125,6 +125,12 @@ def reward_model_card(
         model_name="reward model",
         eval_results=[accuracy],
     )
+    authors = (
+        f"| baseline: who wrote it (n = {metrics['author_n']:,}) | {number(metrics['author_wins'])}, gain over it "
+        f"{gain(metrics, 'authors')} |\n"
+        if metrics["author_n"]
+        else ""
+    )
     pictures = "\n".join(f"![{Path(name).stem.replace('_', ' ')}](plots/{name})" for name in plots)
     return f"""{about}# Reward model
 
@@ -141,7 +147,7 @@ between answers to one prompt have a meaning.
 | gain over it | {gain(metrics, "form")} |
 | accuracy on the pairs that the form model gets wrong | {number(metrics["form_wrong_accuracy"])} \
 ({span(metrics["form_wrong_interval"])}, n = {metrics["form_wrong_n"]:,}) |
-| accuracy where the chosen answer is the shorter one | {number(metrics["shorter_chosen_accuracy"])} \
+{authors}| accuracy where the chosen answer is the shorter one | {number(metrics["shorter_chosen_accuracy"])} \
 ({span(metrics["shorter_chosen_interval"])}, n = {metrics["shorter_chosen_n"]:,}) |
 | expected calibration error, Brier score | {metrics["ece"]:.3f}, {metrics["brier"]:.3f} |
 | mean margin | {metrics["mean_margin"]:.3f} |

@@ -390,9 +390,8 @@ def save_merged(trainer: PairTrainer, base: str, directory: Path) -> None:
     From a freshly loaded base model, so that it also works where the trained one is spread over several processes.
     """
     fresh = load_reward_model(base, trainer.processing_class.pad_token_id, trainer.args.seed)
-    fresh.config.update(
-        {name: getattr(trainer.model.config, name) for name in ("reward_max_length", "reward_format", "form_model")}
-    )
+    ours = ("reward_max_length", "reward_format", "form_model", "author_strengths")
+    fresh.config.update({name: getattr(trainer.model.config, name) for name in ours})
     merged = PeftModel.from_pretrained(fresh, directory).merge_and_unload()
     round_weights(merged, computing_type(trainer.args))
     for adapter in directory.glob("adapter_*"):
