@@ -170,6 +170,9 @@ def summary(metadata: dict[str, Any]) -> str:
         f"longer wins     {longer['train']:.3f} train, {longer['validation']:.3f} validation",
         f"form model      {form['train']:.3f} train, {form['validation']:.3f} validation",
     ]
+    if metadata["author_wins"]:
+        known = ((name, share) for name, share in metadata["author_wins"].items() if share is not None)
+        lines.append(f"authors         {', '.join(f'{share:.3f} {name}' for name, share in known)}")
     if gap:
         lines.append(f"rating gap      {gap['mean']:.2f} on average, median {gap['p50']:.1f}")
     return "\n".join(lines)

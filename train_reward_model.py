@@ -260,8 +260,9 @@ def main() -> None:
     if metadata["max_length"] > longest:
         raise InputError(f"{data_name}: has up to {metadata['max_length']} tokens, but {options.model} takes {longest}")
     model.config.reward_max_length, model.config.reward_format = metadata["max_length"], models.REWARD_FORMAT
-    # The baseline of every later evaluation, and whether it is a part of the reward; a stream has none.
-    model.config.form_model, model.config.form_term = metadata.get("form_model"), form_term
+    # The baselines of every later evaluation, and whether form is a part of the reward; a stream has none.
+    model.config.form_model, model.config.author_strengths = map(metadata.get, ("form_model", "author_strengths"))
+    model.config.form_term = form_term
     if device.type == "cpu":
         prefix_sharing.share_prefixes(model)  # chosen and rejected have their prompt in common
 

@@ -28,8 +28,8 @@ from reward_pipeline.statistics import bootstrap_interval, wins
 
 NUMBERS = ("chosen_reward", "rejected_reward", "chosen_length", "rejected_length")
 FORM = ("chosen_form", "rejected_form")  # empty, or not there, where the training had no form term
-NEEDED = {*NUMBERS, "prompt_key", "rating_gap", "category", "form_margin"}
-MAY_BE_EMPTY = ("rating_gap", "form_margin", *FORM)
+MAY_BE_EMPTY = ("rating_gap", "form_margin", "author_margin", *FORM)
+NEEDED = {*NUMBERS, "prompt_key", "category", "rating_gap", "form_margin", "author_margin"}
 LONGEST_CELL = 2**31 - 1  # characters; the csv module refuses answers of more than 131,072 otherwise
 HEADER = [
     *("run", "n", "accuracy (95 %)", "difference (95 %)", "gain over longer wins (95 %)", "gain over form (95 %)"),
@@ -48,7 +48,7 @@ def read_columns(directory: str) -> Columns:
         table = pandas.read_csv(
             path,
             usecols=lambda name: name in {*NEEDED, *FORM},
-            dtype={"category": str} | dict.fromkeys(MAY_BE_EMPTY, float),
+            dtype={"category": str, **dict.fromkeys(MAY_BE_EMPTY, float)},
             keep_default_na=False,
             na_values={name: [""] for name in MAY_BE_EMPTY},
         )

@@ -134,7 +134,12 @@ def train_and_score(options: argparse.Namespace) -> tuple[Columns, dict[str, Any
     ids = [list(validation[f"{side}_ids"]) for side in ("chosen", "rejected")]
     rewards = score(model.eval(), ids[0] + ids[1])
     columns = {
-        **text_columns(processed_pairs(splits, options.data, "validation"), options.data, metadata.get("form_model")),
+        **text_columns(
+            processed_pairs(splits, options.data, "validation"),
+            options.data,
+            metadata.get("form_model"),
+            metadata.get("author_strengths"),
+        ),
         "chosen_reward": rewards[: len(validation)],
         "rejected_reward": rewards[len(validation) :],
     }

@@ -137,6 +137,12 @@ def reward_model_card(
         eval_results=[accuracy],
     )
     sure = metrics["with_form"] or metrics  # a training with the form term made the sum a probability
+    authors = (
+        f"| baseline: who wrote it (n = {metrics['author_n']:,}) | {number(metrics['author_wins'])}, gain over it "
+        f"{gain(metrics, 'authors')} |\n"
+        if metrics["author_n"]
+        else ""
+    )
     pictures = "\n".join(f"![{Path(name).stem.replace('_', ' ')}](plots/{name})" for name in plots)
     return f"""{about}# Reward model
 
@@ -153,7 +159,7 @@ between answers to one prompt have a meaning.
 | gain over it | {gain(metrics, "form")} |
 | accuracy on the pairs that the form model gets wrong | {number(metrics["form_wrong_accuracy"])} \
 ({span(metrics["form_wrong_interval"])}, n = {metrics["form_wrong_n"]:,}) |
-| accuracy where the chosen answer is the shorter one | {number(metrics["shorter_chosen_accuracy"])} \
+{authors}| accuracy where the chosen answer is the shorter one | {number(metrics["shorter_chosen_accuracy"])} \
 ({span(metrics["shorter_chosen_interval"])}, n = {metrics["shorter_chosen_n"]:,}) |
 {form_rows(metrics["with_form"])}\
 | expected calibration error, Brier score | {sure["ece"]:.3f}, {sure["brier"]:.3f} |

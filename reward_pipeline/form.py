@@ -1,4 +1,4 @@
-"""What can be told of an answer without reading it: its length, and the form model.
+"""What can be told of an answer without reading it: its length, the form model, and how strong its author is.
 
 A reward model that is no better than these has learned what good answers look like, and not to read them.
 """
@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import scipy.optimize
+import scipy.sparse
 import scipy.special
 
 from reward_pipeline.conversations import Response, response_text
@@ -27,6 +28,27 @@ def longer_wins(chosen: Iterable[Response], rejected: Iterable[Response]) -> flo
     """
     extra = np.fromiter((response_length(a) - response_length(b) for a, b in zip(chosen, rejected, strict=True)), int)
     return float(wins(extra).mean())
+
+
+PENALTY = 1e-3  # of the squared weights of a fit, a pair: some counts are nearly the same, and some authors rare
+
+
+def _fit(design: np.ndarray | scipy.sparse.csr_array) -> np.ndarray:
+    """(F,) weights w that minimise the mean of -log sigmoid(d w) plus `PENALTY` |w|^2 / 2 over the rows d of a design.
+
+    There is no intercept: a pair has no side.
+
+    Args:
+        design: (N, F), for each pair what the chosen side has more than the rejected one.
+    """
+
+    def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
+        margins = design @ weights
+        wrong = scipy.special.expit(-margins)
+        value = -scipy.special.log_expit(margins).mean() + PENALTY / 2 * weights @ weights
+        return value, PENALTY * weights - design.T @ wrong / design.shape[0]
+
+    return scipy.optimize.minimize(loss, np.zeros(design.shape[1]), jac=True, method="L-BFGS-B").x
 
 
 # --- the form model --------------------------------------------------------------------------------------------------
@@ -78,7 +100,6 @@ COUNTS: dict[str, Callable[[str], float]] = {
     "ends_with_a_mark": lambda text: float(text.rstrip().endswith((".", "!", "?", "…"))),
     "distinct_words": _distinct_words,
 }
-PENALTY = 1e-3  # of the squared weights of standardised counts, a pair: some counts are nearly the same
 
 
 def form_counts(response: Response) -> np.ndarray:
@@ -96,23 +117,14 @@ def form_differences(chosen: Iterable[Response], rejected: Iterable[Response]) -
 def fit_form_model(differences: np.ndarray) -> dict[str, float]:
     """Bradley-Terry logistic regression (Bradley and Terry 1952): the weight of every count.
 
-    Minimises the mean of -log sigmoid(d w) plus `PENALTY` |w|^2 / 2 over pairs with differences d, each count divided
-    by its root mean square. There is no intercept: a pair has no side.
+    As `_fit` does it on the differences, each count divided by its root mean square.
 
     Args:
         differences: (N, F) of `form_differences`.
     """
     scale = np.sqrt(np.mean(differences**2, axis=0))
     scale[scale == 0] = 1.0  # of a count that no pair differs in; its weight stays 0
-    scaled = differences / scale
-
-    def loss(weights: np.ndarray) -> tuple[float, np.ndarray]:
-        margins = scaled @ weights
-        wrong = scipy.special.expit(-margins)
-        value = -scipy.special.log_expit(margins).mean() + PENALTY / 2 * weights @ weights
-        return value, PENALTY * weights - scaled.T @ wrong / len(scaled)
-
-    fitted = scipy.optimize.minimize(loss, np.zeros(len(scale)), jac=True, method="L-BFGS-B").x / scale
+    fitted = _fit(differences / scale) / scale
     return dict(zip(COUNTS, map(float, fitted), strict=True))
 
 
@@ -127,3 +139,35 @@ def form_margins(weights: Mapping[str, float], differences: np.ndarray) -> np.nd
     Counts that the model does not know, such as those of a later version, have no weight.
     """
     return differences @ np.array([weights.get(name, 0.0) for name in COUNTS])
+
+
+# --- authors ---------------------------------------------------------------------------------------------------------
+
+
+def fit_authors(chosen: Iterable[str], rejected: Iterable[str]) -> dict[str, float]:
+    """Bradley-Terry model (Bradley and Terry 1952): the strength of every author, in nats of log odds with mean 0.
+
+    As `_fit` does it on rows that hold 1 for the chosen answer's author and -1 for the other one's.
+
+    Args:
+        chosen, rejected: (N,) names of the authors of the answers; pairs with an empty one are left aside.
+
+    Returns:
+        Authors in alphabetical order; none where no pair names them.
+    """
+    named = [pair for pair in zip(chosen, rejected, strict=True) if all(pair)]
+    if not named:
+        return {}
+    authors = sorted({author for pair in named for author in pair})
+    place = {author: number for number, author in enumerate(authors)}
+    column = [place[author] for pair in named for author in pair]
+    # Sparse: authors may be thousands, and a pair has two. Those of one author on both sides add up to 0.
+    entries = (np.tile([1.0, -1.0], len(named)), column, np.arange(0, len(column) + 1, 2))
+    strengths = _fit(scipy.sparse.csr_array(entries, shape=(len(named), len(authors))))
+    return dict(zip(authors, map(float, strengths), strict=True))
+
+
+def author_margins(strengths: Mapping[str, float], chosen: Iterable[str], rejected: Iterable[str]) -> np.ndarray:
+    """(N,) by how much the authors of the chosen answers are the stronger ones, in nats; NaN where one is unknown."""
+    pairs = zip(chosen, rejected, strict=True)
+    return np.array([strengths.get(a, math.nan) - strengths.get(b, math.nan) for a, b in pairs], dtype=float)

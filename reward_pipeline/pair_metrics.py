@@ -13,7 +13,7 @@ from datasets import Dataset
 
 from reward_pipeline.conversations import Messages, encode_stream, response_text
 from reward_pipeline.evaluator import RewardModelEvaluator
-from reward_pipeline.form import form_differences, form_margins, form_scores, response_length
+from reward_pipeline.form import author_margins, form_differences, form_margins, form_scores, response_length
 from reward_pipeline.pairs import pair_keys
 from reward_pipeline.processes import is_first_process
 from reward_pipeline.statistics import bootstrap_interval, rate_interval, spearman, wins
@@ -24,7 +24,8 @@ CONFIDENCE_BINS = 10  # of equal width between 0.5 and 1, for the calibration er
 # "rejected" (texts), "prompt_key" (hash of the prompt), "chosen_reward", "rejected_reward", "chosen_length",
 # "rejected_length" (characters), "chosen_rating", "rejected_rating", "rating_gap" (NaN where unknown), "category" (""
 # where unknown), "form_margin" (of the form model, NaN where none is known), "chosen_form", "rejected_form" (the form
-# term beside the rewards, NaN where the training had none), "prompt_cut", "response_cut" (beside or in either answer).
+# term beside the rewards, NaN where the training had none), "chosen_author", "rejected_author" ("" where unknown),
+# "author_margin" (by their strengths, NaN where unknown), "prompt_cut", "response_cut" (beside or in either answer).
 Columns = dict[str, np.ndarray]
 
 
@@ -35,14 +36,21 @@ def prompt_text(messages: Messages) -> str:
     return "\n\n".join(f"{message['role'].capitalize()}: {message['content']}" for message in messages)
 
 
-def text_columns(pairs: Dataset, name: str, form_model: Mapping[str, float] | None = None) -> Columns:
+def text_columns(
+    pairs: Dataset,
+    name: str,
+    form_model: Mapping[str, float] | None = None,
+    author_strengths: Mapping[str, float] | None = None,
+) -> Columns:
     """What is known of N pairs before they are scored.
 
     Args:
         form_model: weights of `form.fit_form_model`, fitted to pairs with other prompts.
+        author_strengths: of `form.fit_authors`, likewise.
     """
     chosen, rejected = ([response_text(answer) for answer in pairs[side]] for side in ("chosen", "rejected"))
     ratings = [np.array(pairs[f"{side}_rating"], dtype=float) for side in ("chosen", "rejected")]
+    authors = [np.array(pairs[f"{side}_author"], dtype=object) for side in ("chosen", "rejected")]
     return {
         "pairs": np.array([name] * len(pairs)),
         "place": np.array(pairs["place"]),
@@ -60,6 +68,9 @@ def text_columns(pairs: Dataset, name: str, form_model: Mapping[str, float] | No
         "form_margin": (
             form_margins(form_model, form_differences(chosen, rejected)) if form_model else np.full(len(pairs), np.nan)
         ),
+        "chosen_author": authors[0],
+        "rejected_author": authors[1],
+        "author_margin": author_margins(author_strengths or {}, *authors),
     }
 
 
@@ -72,7 +83,8 @@ def score_pairs(evaluator: RewardModelEvaluator, pairs: Dataset, name: str) -> t
     """
     member = evaluator.members[0]
     form_model = getattr(member.model.config, "form_model", None)  # of its own training pairs
-    columns, prompts = text_columns(pairs, name, form_model), list(pairs["prompt"])
+    author_strengths = getattr(member.model.config, "author_strengths", None)
+    columns, prompts = text_columns(pairs, name, form_model, author_strengths), list(pairs["prompt"])
     chosen, rejected = columns["chosen"].tolist(), columns["rejected"].tolist()
     terms = form_terms(evaluator, [*chosen, *rejected])
     scores = evaluator.get_member_scores([*prompts, *prompts], [*chosen, *rejected], progress=is_first_process())
@@ -213,6 +225,8 @@ def pair_metrics(columns: Columns) -> dict[str, Any]:
           `form_wrong_accuracy`, `form_wrong_interval`: pairs that the form model gets wrong; `form_even_n`, …: the
           quarter with its smallest margins, which it can not tell apart; `spearman_margin_form`. All None (and the
           numbers 0) where no form model is known
+        - `author_n`, pairs with a known author margin, and over these `author_wins`, accuracy of preferring the
+          stronger author; `gain_over_authors` and its paired interval. All None (and 0) where there are none
         - `mean_margin`; `brier`, mean of (1 - sigmoid(margin))^2; `ece` (`calibration_error`), `reliability` (its bins)
         - `reward_mean`, `reward_std` of all 2 N answers; `spearman_reward_length` over these, and
           `spearman_margin_length` of the differences within a pair
@@ -243,6 +257,7 @@ def pair_metrics(columns: Columns) -> dict[str, Any]:
         "shorter_chosen_accuracy": shorter["accuracy"],
         "shorter_chosen_interval": shorter["accuracy_interval"],
         **form_metrics(columns["form_margin"], margins, pair_wins, prompt_key),
+        **author_metrics(columns["author_margin"], pair_wins, prompt_key),
         "mean_margin": float(margins.mean()),
         "brier": float(np.mean(scipy.special.expit(-margins) ** 2)),
         "ece": calibration_error(bins),
@@ -269,17 +284,36 @@ def form_metrics(
     """
     known = ~np.isnan(form)
     form, margins, pair_wins, prompt_key = form[known], margins[known], pair_wins[known], prompt_key[known]
-    form_wins = wins(form)
     even = np.abs(form) <= (np.quantile(np.abs(form), 0.25) if len(form) else 0)
-    figures: dict[str, Any] = {
-        "form_wins": float(form_wins.mean()) if len(form) else None,
-        "gain_over_form": float((pair_wins - form_wins).mean()) if len(form) else None,
-        "gain_over_form_interval": bootstrap_interval(pair_wins - form_wins, prompt_key),
-    }
-    for name, chosen in (("form_wrong", form_wins == 0), ("form_even", even)):
+    names = ("form_wins", "gain_over_form", "gain_over_form_interval")
+    figures: dict[str, Any] = dict(zip(names, paired_gain(form, pair_wins, prompt_key), strict=True))
+    for name, chosen in (("form_wrong", wins(form) == 0), ("form_even", even)):
         part = accuracy_with_interval(pair_wins[chosen], prompt_key[chosen])
         figures |= {f"{name}_{key.removeprefix('accuracy_')}": value for key, value in part.items()}
     return figures | {"spearman_margin_form": spearman(margins, form) if len(form) else None}
+
+
+def author_metrics(author: np.ndarray, pair_wins: np.ndarray, prompt_key: np.ndarray) -> dict[str, Any]:
+    """What a model knows beyond who wrote the answers; see `pair_metrics`.
+
+    Args:
+        author: (N,) margins of the authors, NaN where unknown.
+    """
+    known = ~np.isnan(author)
+    names = ("author_wins", "gain_over_authors", "gain_over_authors_interval")
+    figures = paired_gain(author[known], pair_wins[known], prompt_key[known])
+    return {"author_n": int(known.sum()), **dict(zip(names, figures, strict=True))}
+
+
+def paired_gain(
+    baseline: np.ndarray, pair_wins: np.ndarray, prompt_key: np.ndarray
+) -> tuple[float | None, float | None, list[float] | None]:
+    """Accuracy of a baseline with these (N,) margins, the gain over it and its interval; None without pairs."""
+    if not len(baseline):
+        return None, None, None
+    baseline_wins = wins(baseline)
+    difference = pair_wins - baseline_wins
+    return float(baseline_wins.mean()), float(difference.mean()), bootstrap_interval(difference, prompt_key)
 
 
 def breakdowns(columns: Columns, pair_wins: np.ndarray, longer: np.ndarray) -> dict[str, list[dict[str, Any]]]:
@@ -305,7 +339,7 @@ def number(value: float | None) -> str:
 
 
 def gain(metrics: Mapping[str, Any], baseline: str) -> str:
-    """Paired difference to "longer_wins" or "form" with its interval; a dash where the baseline is not known."""
+    """Paired difference to "longer_wins", "form" or "authors" with its interval; a dash where that is not known."""
     value, bounds = metrics[f"gain_over_{baseline}"], metrics[f"gain_over_{baseline}_interval"]
     return "–" if value is None else f"{value:+.3f} ({span(bounds)})"
 

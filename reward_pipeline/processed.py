@@ -20,7 +20,14 @@ from transformers import PreTrainedTokenizerBase
 
 from reward_pipeline.conversations import encode_batch, first_refused
 from reward_pipeline.files import InputError, check_files
-from reward_pipeline.form import fit_form_model, form_differences, form_margins, longer_wins
+from reward_pipeline.form import (
+    author_margins,
+    fit_authors,
+    fit_form_model,
+    form_differences,
+    form_margins,
+    longer_wins,
+)
 from reward_pipeline.models import ModelSource, load_tokenizer
 from reward_pipeline.negatives import mismatched_pairs
 from reward_pipeline.pairs import Tally, is_validation_prompt, pair_keys, readable_pairs, text_hash
@@ -39,7 +46,7 @@ from reward_pipeline.sources import (
 from reward_pipeline.statistics import wins
 
 STREAM_BUFFER = 1000  # pairs of a stream among which the next one is drawn
-FORM_PAIRS = 20_000  # at most, of a split, for the form model: some seconds
+FORM_PAIRS = 20_000  # at most, of a split, for the form model and the authors: some seconds
 MESSAGES = List({"role": Value("string"), "content": Value("string")})
 PAIR_FEATURES = Features(  # what `check_pair` returns, and where the pair stands
     {
@@ -49,6 +56,8 @@ PAIR_FEATURES = Features(  # what `check_pair` returns, and where the pair stand
         "chosen_rating": Value("float64"),
         "rejected_rating": Value("float64"),
         "category": Value("string"),
+        "chosen_author": Value("string"),
+        "rejected_author": Value("string"),
         "place": Value("string"),
     }
 )
@@ -315,16 +324,25 @@ def stream_processed(
 
 
 def form_statistics(splits: DatasetDict) -> dict[str, Any]:
-    """The form model of the training pairs, and its accuracy on both splits (ties half)."""
-    differences = {}
+    """The form model of the training pairs, the strengths of their authors, and the accuracy of either on both splits.
+
+    Ties count half. That of the authors is over the pairs whose authors both have a strength, None without any.
+    """
+    differences, authors = {}, {}
     for name, split in splits.items():
         spread = np.linspace(0, len(split) - 1, min(len(split), FORM_PAIRS)).astype(int)  # over all sources alike
-        answers = split.select_columns(["chosen", "rejected"]).select(spread)
+        answers = split.select(spread)
         differences[name] = form_differences(answers["chosen"], answers["rejected"])
-    weights = fit_form_model(differences["train"])
+        authors[name] = answers["chosen_author"], answers["rejected_author"]
+    weights, strengths = fit_form_model(differences["train"]), fit_authors(*authors["train"])
+    by_author = {name: author_margins(strengths, *names) for name, names in authors.items()}
+    known = {name: margins[~np.isnan(margins)] for name, margins in by_author.items()}
+    author_wins = {name: float(wins(margins).mean()) if len(margins) else None for name, margins in known.items()}
     return {
         "form_model": weights,
         "form_wins": {name: float(wins(form_margins(weights, each)).mean()) for name, each in differences.items()},
+        "author_strengths": strengths or None,
+        "author_wins": author_wins if strengths else None,
     }
 
 

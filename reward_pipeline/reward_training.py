@@ -42,7 +42,7 @@ from reward_pipeline.processes import together
 from reward_pipeline.runs import CHECKPOINT_REMEDY
 from reward_pipeline.statistics import wins
 
-OWN_SETTINGS = ("reward_max_length", "reward_format", "form_model", "form_term")  # of a reward model, in its config
+OWN_SETTINGS = ("reward_max_length", "reward_format", "form_model", "form_term", "author_strengths")  # in the config
 MIN_WARMUP_UPDATES = 20  # shorter runs start at the full learning rate
 READ_AT_ONCE = 10_000  # pairs whose tokens are counted
 WARM_UPDATES = 3  # the first ones are slower, on a GPU several times; the speed is told by as many after them

@@ -4,12 +4,12 @@
     "prompt": [{"role": "user", "content": "Name a colour."}],
     "chosen": [{"role": "assistant", "content": "Red."}],
     "rejected": [{"role": "assistant", "content": "Seven."}],
-    "chosen_rating": 3.2, "rejected_rating": 0.4, "category": "",
+    "chosen_rating": 3.2, "rejected_rating": 0.4, "category": "", "chosen_author": "", "rejected_author": "",
 }
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from reward_pipeline.conversations import Messages, parse_prompt, response_text
@@ -19,6 +19,7 @@ from reward_pipeline.sources import BadRow, Row
 ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")  # of a raw HelpSteer2 row
 RATING_COLUMNS = {"chosen": ("chosen_rating", "chosen_score"), "rejected": ("rejected_rating", "rejected_score")}
 CATEGORY_COLUMNS = ("category", "subset")  # names under which sources tell what kind of prompt a pair has
+AUTHOR_COLUMNS = {side: (f"{side}_author", f"{side}_model", f"{side}-model") for side in ("chosen", "rejected")}
 
 
 def join_raw_rows(rows: Iterable[Row]) -> Iterator[Row]:
@@ -79,7 +80,8 @@ def check_pair(row: dict[str, Any]) -> dict[str, Any]:
 
     Returns:
         `prompt` (messages, the last one the user's), `chosen`, `rejected` (one assistant message each),
-        `chosen_rating`, `rejected_rating` (both floats, or both None), `category` (empty where unknown).
+        `chosen_rating`, `rejected_rating` (both floats, or both None), `category` (empty where unknown),
+        `chosen_author`, `rejected_author` (who wrote the answers, such as models; both empty unless both are known).
 
     Raises:
         BadRow: the row is unusable; the message says why.
@@ -108,6 +110,9 @@ def check_pair(row: dict[str, Any]) -> dict[str, Any]:
         raise BadRow("tied ratings")
     elif chosen_rating < rejected_rating:
         raise BadRow("rating says the rejected is better")
+    chosen_author, rejected_author = (_label(row, AUTHOR_COLUMNS[side]) for side in ("chosen", "rejected"))
+    if not (chosen_author and rejected_author):
+        chosen_author = rejected_author = ""
     return {
         "prompt": messages,
         "chosen": [{"role": "assistant", "content": chosen}],
@@ -115,6 +120,8 @@ def check_pair(row: dict[str, Any]) -> dict[str, Any]:
         "chosen_rating": chosen_rating,
         "rejected_rating": rejected_rating,
         "category": category_of(row),
+        "chosen_author": chosen_author,
+        "rejected_author": rejected_author,
     }
 
 
@@ -172,7 +179,11 @@ def _number(value: Any) -> float:
 
 def category_of(row: dict[str, Any]) -> str:
     """What the row's category column says; empty without one."""
-    values = [row[column] for column in CATEGORY_COLUMNS if row.get(column) not in (None, "")]
+    return _label(row, CATEGORY_COLUMNS)
+
+
+def _label(row: dict[str, Any], columns: Sequence[str]) -> str:
+    values = [row[column] for column in columns if row.get(column) not in (None, "")]
     if not values or isinstance(values[0], list | dict) or values[0] != values[0]:  # NaN: an empty cell
         return ""
     return readable_text(str(values[0]))

@@ -212,7 +212,7 @@ def test_a_run_without_rewards_is_named(tmp_path):
     with pytest.raises(InputError, match=r"no readable rewards\.csv"):
         compare_runs.read_columns(str(tmp_path))
     (tmp_path / "rewards.csv").write_text("prompt_key,chosen_reward\n1,0.5\n")
-    with pytest.raises(InputError, match="no column category"):
+    with pytest.raises(InputError, match="no column author_margin"):
         compare_runs.read_columns(str(tmp_path))
 
 

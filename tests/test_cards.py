@@ -23,11 +23,11 @@ METRICS = {
 }
 
 
-def reward_card(tmp_path, **changes):
+def reward_card(tmp_path, metrics=METRICS, **changes):
     """The card as the hub reads it, and as text."""
     path = tmp_path / "README.md"
     settings, metadata = ({**each, **changes} for each in (SETTINGS, METADATA))
-    path.write_text(cards.reward_model_card(METRICS, settings, metadata, ["margins.png"]), encoding="utf-8")
+    path.write_text(cards.reward_model_card(metrics, settings, metadata, ["margins.png"]), encoding="utf-8")
     assert metadata_load(path) == ModelCard.load(path).data.to_dict()
     return ModelCard.load(path)
 
@@ -55,6 +55,13 @@ def test_the_hub_reads_where_a_reward_model_comes_from_and_how_good_it_is(tmp_pa
     assert "| accuracy, ties half | **0.625** (95 % interval " in card.text
     assert "by LoRA, merged" in card.text and "![margins](plots/margins.png)" in card.text
     assert "Reads 256 tokens. A conversation that fits is never cut" in card.text
+
+
+def test_a_card_compares_with_the_authors_where_they_are_known(tmp_path):
+    assert "who wrote it" not in reward_card(tmp_path).text
+    known = {"author_n": 3, "author_wins": 0.5, "gain_over_authors": 0.125, "gain_over_authors_interval": [-0.5, 0.75]}
+    table = reward_card(tmp_path, METRICS | known).text.split("| on the validation split | |", 1)[1].split("\n\n")[0]
+    assert "\n| baseline: who wrote it (n = 3) | 0.500, gain over it +0.125 (-0.500 to 0.750) |\n| accuracy" in table
 
 
 def test_what_a_card_can_not_know_it_leaves_out(tmp_path):

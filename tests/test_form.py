@@ -144,3 +144,50 @@ def test_what_decides_the_pairs_is_found():
     weights = form.fit_form_model(form.form_differences(chosen[:100], rejected[:100]))
     unseen = form.form_margins(weights, form.form_differences(chosen[100:], rejected[100:]))
     assert (unseen > 0).all() and longer_wins(chosen[100:], rejected[100:]) < 0.8
+
+
+# --- authors ---------------------------------------------------------------------------------------------------------
+
+
+def test_strengths_of_two_authors_by_hand(monkeypatch):
+    pairs = ["large", "large", "small", "large", ""], ["small", "small", "large", "small", ""]
+    strengths = form.fit_authors(*pairs)
+    difference = strengths["large"] - strengths["small"]
+    # Where the loss has no slope: sigmoid(d) is the share won, less the penalty on d / 2 and -d / 2.
+    assert 1 / (1 + math.exp(-difference)) == pytest.approx(3 / 4 - form.PENALTY * difference / 2, abs=1e-5)
+    monkeypatch.setattr(form, "PENALTY", 0)
+    strengths = form.fit_authors(*pairs)
+    assert list(strengths) == ["large", "small"]
+    assert strengths["large"] - strengths["small"] == pytest.approx(math.log(3), abs=1e-4)
+
+
+def drawn_authors(n: int = 2000, count: int = 30) -> tuple[list[str], list[str]]:
+    """Names of the chosen and of the rejected authors of pairs drawn from a Bradley-Terry model; some wrote both."""
+    generator = np.random.default_rng(0)
+    strengths = generator.normal(0, 1, count)
+    first, second = generator.integers(0, count, (2, n))
+    swapped = generator.random(n) > 1 / (1 + np.exp(strengths[second] - strengths[first]))
+    sides = np.where(swapped, second, first), np.where(swapped, first, second)
+    chosen, rejected = ([f"author {number:02}" for number in side] for side in sides)
+    return chosen, rejected
+
+
+def test_strengths_agree_with_scikit_learn():
+    chosen, rejected = drawn_authors()
+    names = sorted({*chosen, *rejected})
+    columns = [[float(name == author) for author in names] for name in (*chosen, *rejected)]
+    differences = np.array(columns[:2000]) - np.array(columns[2000:])
+    mirrored, labels = np.concatenate([differences, -differences]), np.repeat([1, 0], 2000)
+    inverse = 1 / (form.PENALTY * len(mirrored))
+    theirs = LogisticRegression(C=inverse, fit_intercept=False, tol=1e-8, max_iter=1000).fit(mirrored, labels)
+    ours = form.fit_authors(chosen, rejected)
+    assert list(ours) == names
+    assert list(ours.values()) == pytest.approx(theirs.coef_[0], abs=1e-3)
+    assert sum(ours.values()) == pytest.approx(0, abs=1e-6)
+
+
+def test_margins_of_authors_are_unknown_where_one_of_them_is():
+    margins = form.author_margins({"a": 1.5, "b": -0.5}, ["a", "b", "a", "a", ""], ["b", "a", "a", "nobody", ""])
+    np.testing.assert_array_equal(margins, [2.0, -2.0, 0.0, math.nan, math.nan])
+    assert np.isnan(form.author_margins({}, ["a"], ["b"])).all()
+    assert form.fit_authors(["", "a", ""], ["", "", "b"]) == {}

@@ -22,7 +22,8 @@ from reward_pipeline.schemas import ATTRIBUTES
 
 SCRIPT = "load_helpsteer_dataset"
 COLUMNS = [
-    *("prompt", "chosen", "rejected", "chosen_rating", "rejected_rating", "category", "place"),
+    *("prompt", "chosen", "rejected", "chosen_rating", "rejected_rating"),
+    *("category", "chosen_author", "rejected_author", "place"),
     *("chosen_ids", "rejected_ids", "length"),
 ]
 
@@ -57,7 +58,11 @@ def raw(prompt: str, response: str, *attributes: int) -> dict:
 def run(tmp_path_factory, tiny_model):
     """A run over two sources with good and bad rows: where it wrote, what it returned and what it printed."""
     directory = tmp_path_factory.mktemp("run")
-    good = [{**pair, "category": "numbers"} for pair in make_pairs(20)]
+    authors = [("small", "large") if number % 4 == 0 else ("large", "small") for number in range(20)]
+    good = [
+        {**pair, "category": "numbers", "chosen_model": author, "rejected_model": other}
+        for pair, (author, other) in zip(make_pairs(20), authors, strict=True)
+    ]
     bad = [
         good[0],  # duplicate
         {**good[1], "chosen": good[1]["rejected"], "rejected": good[1]["chosen"]},  # contradicts
@@ -120,6 +125,26 @@ def test_what_is_written(run, small_tokenizer):
     }  # fmt: skip
     read, known = processed.load_processed(str(run["directory"]))
     assert known == metadata and read["train"][:] == splits["train"][:]
+
+
+def test_the_authors_of_the_answers_are_a_baseline(run):
+    wins, strengths = run["metadata"]["author_wins"], run["metadata"]["author_strengths"]
+    assert strengths.keys() == {"large", "small"} and strengths["large"] > strengths["small"]
+    for name, split in run["splits"].items():  # of the pairs that name them: the raw rows do not
+        assert wins[name] == pytest.approx(np.mean([author == "large" for author in split["chosen_author"] if author]))
+    assert f"\nauthors         {wins['train']:.3f} train, {wins['validation']:.3f} validation\n" in run["printed"]
+
+
+def test_where_authors_are_not_known_there_is_no_such_baseline(prepared, write_jsonl, capsys):
+    rows = make_pairs(10)
+    splits, metadata = prepared("--source", write_jsonl(rows))
+    assert metadata["author_strengths"] is metadata["author_wins"] is None
+    assert "\nauthors  " not in capsys.readouterr().out
+    for place in splits["train"]["place"]:
+        rows[int(place.split()[-1]) - 1] |= {"chosen_model": "a", "rejected_model": "b"}
+    _, metadata = prepared("--source", write_jsonl(rows))
+    assert metadata["author_wins"] == {"train": 1.0, "validation": None}
+    assert "\nauthors         1.000 train\n" in capsys.readouterr().out
 
 
 def trainer_options(tmp_path, **options) -> dict:

@@ -30,6 +30,9 @@ def scored(chosen, rejected, /, **columns) -> pm.Columns:
         "rating_gap": [math.nan] * n,
         "category": [""] * n,
         "form_margin": [math.nan] * n,
+        "chosen_author": [""] * n,
+        "rejected_author": [""] * n,
+        "author_margin": [math.nan] * n,
         "prompt_cut": [False] * n,
         "response_cut": [False] * n,
         **columns,
@@ -117,6 +120,28 @@ def test_without_a_form_model_its_figures_are_unknown():
     figures = {name: value for name, value in metrics.items() if "form" in name}
     assert {name for name, value in figures.items() if value == 0} == {"form_wrong_n", "form_even_n"}
     assert {value for name, value in figures.items() if not name.endswith("_n")} == {None}
+
+
+def test_the_authors_beside_the_model_by_hand():
+    metrics = pm.pair_metrics(
+        scored(
+            [2.0, 1.0, 0.0, 3.0, 1.0],
+            [1.0, 0.0, 1.0, 3.0, 0.0],  # right, right, wrong, tie, right
+            author_margin=[0.5, -0.1, -2.0, 0.0, math.nan],  # right, wrong, wrong, tie (one wrote both), not known
+            prompt_key=[1, 2, 3, 3, 4],
+        )
+    )
+    assert (metrics["author_n"], metrics["author_wins"]) == (4, (1 + 0 + 0 + 0.5) / 4)
+    assert metrics["gain_over_authors"] == (0 + 1 + 0 + 0) / 4
+    assert metrics["gain_over_authors_interval"] == bootstrap_interval(np.array([0.0, 1, 0, 0]), [1, 2, 3, 3])
+    assert pm.gain(metrics, "authors").startswith("+0.250 (")
+
+
+def test_without_authors_their_figures_are_unknown():
+    metrics = pm.pair_metrics(scored([1.0, 0.0], [0.0, 1.0]))
+    assert {name: value for name, value in metrics.items() if "author" in name} == {
+        "author_n": 0, "author_wins": None, "gain_over_authors": None, "gain_over_authors_interval": None
+    }  # fmt: skip
 
 
 def test_calibration_error_by_hand():
@@ -231,12 +256,14 @@ def test_scored_pairs_carry_their_texts_rewards_and_cuts(tiny_reward_model):
             **pair,
             **{side: assistant(pair[side]) for side in ("chosen", "rejected")},
             **{"chosen_rating": 3.5, "rejected_rating": 1.0, "place": f"row {number}", "category": "numbers"},
+            **{"chosen_author": ["a", "b", "", "b"][number], "rejected_author": ["b", "a", "", "c"][number]},
         }
         for number, pair in enumerate(pairs)
     ]
     evaluator = RewardModelEvaluator(tiny_reward_model)
     config = evaluator.members[0].model.config
     config.form_model, config.form_term = {"log_words": 2.0}, True  # as training leaves it
+    config.author_strengths = {"a": 1.5, "b": -0.5}
     columns, margins = pm.score_pairs(evaluator, Dataset.from_list(rows), "file")
     assert columns["chosen"].tolist() == [pair["chosen"] for pair in pairs]
     assert columns["prompt"][0] == pairs[0]["prompt"][0]["content"]
@@ -246,6 +273,8 @@ def test_scored_pairs_carry_their_texts_rewards_and_cuts(tiny_reward_model):
     assert columns["form_margin"] == pytest.approx([2 * (math.log1p(a) - math.log1p(b)) for a, b in words])
     assert columns["chosen_form"] == pytest.approx([2 * math.log1p(a) for a, _ in words])
     assert columns["rejected_form"] == pytest.approx([2 * math.log1p(b) for _, b in words])
+    assert columns["chosen_author"].tolist() == ["a", "b", "", "b"]
+    np.testing.assert_array_equal(columns["author_margin"], [2.0, -2.0, math.nan, math.nan])
     assert (columns["prompt_cut"].tolist(), columns["response_cut"].tolist()) == (
         [False, False, True, True],
         [False, True, False, True],
@@ -263,6 +292,6 @@ def test_scored_pairs_carry_their_texts_rewards_and_cuts(tiny_reward_model):
     assert pm.pair_metrics(pm.score_pairs(evaluator, Dataset.from_list(rows), "file")[0])["with_form"] is None
     config.form_term = True
     together = pm.score_together(evaluator, Dataset.from_list(rows), "file")
-    assert {name: each.tolist() for name, each in together.items()} == {
-        name: each.tolist() for name, each in columns.items()
-    }
+    assert together.keys() == columns.keys()
+    for name, values in columns.items():
+        np.testing.assert_array_equal(together[name], values)

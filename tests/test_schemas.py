@@ -24,13 +24,16 @@ from reward_pipeline.sources import BadRow, Row
     ],
 )
 def test_every_published_schema_gives_the_same_pair(row):
-    assert check_pair({**row, "subset": "naming"}) == {
+    named = {"subset": "naming", "chosen-model": "large", "rejected-model": 7}
+    assert check_pair({**row, **named}) == {
         "prompt": [USER],
         "chosen": [{"role": "assistant", "content": "Red."}],
         "rejected": [{"role": "assistant", "content": "Seven."}],
         "chosen_rating": 3.2,
         "rejected_rating": 0.4,
         "category": "naming",
+        "chosen_author": "large",
+        "rejected_author": "7",
     }
 
 
@@ -81,6 +84,21 @@ def test_bad_rows_are_named(change, reason):
         check_pair(row)
 
 
+@pytest.mark.parametrize(
+    "columns, authors",
+    [
+        ({"chosen_author": "a", "rejected_author": "b"}, ("a", "b")),
+        ({"chosen_model": "a", "rejected-model": "a"}, ("a", "a")),
+        ({"chosen_author": "", "chosen_model": "a", "rejected_author": "b", "rejected_model": "c"}, ("a", "b")),
+        ({"chosen_model": "a"}, ("", "")),
+        *(({"chosen_model": "a", "rejected_model": nobody}, ("", "")) for nobody in (None, math.nan, "", ["b"], {})),
+    ],
+)
+def test_authors_are_known_of_both_answers_or_of_none(columns, authors):
+    pair = check_pair({**PAIR, **columns})
+    assert (pair["chosen_author"], pair["rejected_author"]) == authors
+
+
 def raw(prompt, response, *attributes):
     return {"prompt": prompt, "response": response, **dict(zip(ATTRIBUTES, attributes, strict=True))}
 
@@ -126,6 +144,8 @@ COLUMNS = [
     "rejected_score",
     *ATTRIBUTES,
     "category",
+    "chosen_author",
+    "rejected-model",
     "other",
 ]
 ROWS = st.lists(st.dictionaries(st.sampled_from(COLUMNS), TEXTS | MESSAGES | JSON), max_size=4)
@@ -144,6 +164,7 @@ def test_any_row_is_a_pair_or_has_a_reason(rows):
             for side in ("chosen", "rejected"):
                 assert [message["role"] for message in pair[side]] == ["assistant"]
             assert isinstance(pair["category"], str)
+            assert bool(pair["chosen_author"]) == bool(pair["rejected_author"])
             assert pair_keys(pair).keys() == {"prompt_key", "pair_key", "swapped"}
             json.dumps(pair, ensure_ascii=False).encode()  # no lone surrogates
 

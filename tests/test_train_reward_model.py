@@ -768,6 +768,9 @@ def test_a_lora_model_is_merged_and_scores_as_before_saving(train, processed, mo
         save(trainer, base, directory)
 
     monkeypatch.setattr(reward_training, "save_merged", merged)
+    metadata = Path(processed) / "metadata.json"
+    prepared = json.loads(metadata.read_text()) | {"author_strengths": {"large": 0.5, "small": -0.5}}
+    metadata.write_text(json.dumps(prepared))
     output = train("--use_peft", "--learning_rate", "1e-2", "--lora_r", "4", "--num_train_epochs", "4")
     assert not list(output.glob("adapter*"))
     evaluator = RewardModelEvaluator(str(output), device="cpu")
@@ -776,6 +779,8 @@ def test_a_lora_model_is_merged_and_scores_as_before_saving(train, processed, mo
         assert score == pytest.approx(before[response_text(row["chosen"])], abs=1e-4)
     assert len({round(score, 3) for score in before.values()}) > 1
     assert evaluator.max_length == 64
+    config = json.loads((output / "config.json").read_text())
+    assert all(config[name] == prepared[name] for name in ("form_model", "author_strengths"))
     settings = json.loads((output / "settings.json").read_text())
     assert settings["use_peft"] is True and settings["lora_r"] == 4
     assert "by LoRA, merged" in (output / "README.md").read_text()
