@@ -46,7 +46,7 @@ def report(results: dict[str, Any]) -> str:
     """All of `metrics.json` that fits a terminal: a row for each source and the total, then the total by groups."""
     from tabulate import tabulate
 
-    from reward_pipeline.pair_metrics import gain, number, span
+    from reward_pipeline.pair_metrics import difference, gain, number, span
 
     def accuracy(figures: dict[str, Any]) -> str:
         return f"{number(figures['accuracy'])} ({span(figures['accuracy_interval'])})"
@@ -89,6 +89,20 @@ def report(results: dict[str, Any]) -> str:
     rows = [[name, accuracy(each), gain(each, "longer_wins"), gain(each, "form")] for name, each in whole.items()]
     if rows:
         header = ["with the form term", "accuracy (95 %)", "gain over longer wins (95 %)", "gain over form (95 %)"]
+        parts.append(tabulate(rows, header, disable_numparse=True))
+    # Whether it needs the prompt for what it does.
+    header = ["pairs", "prompts shuffled among the pairs", "lost by it (95 %)", "own answer against another prompt's"]
+    rows = [
+        [
+            name,
+            f"{number(each['shuffled_prompt_accuracy'])} (n = {each['shuffled_prompt_n']:,})",
+            difference(each["shuffled_prompt_loss"], each["shuffled_prompt_loss_interval"]),
+            f"{number(each['own_prompt_accuracy'])} (n = {each['own_prompt_n']:,})",
+        ]
+        for name, each in sources.items()
+        if each["shuffled_prompt_n"]
+    ]
+    if rows:
         parts.append(tabulate(rows, header, disable_numparse=True))
     if len(results["members"]) > 1:
         rows = [[name, accuracy(each)] for name, each in results["members"].items()]

@@ -12,7 +12,7 @@ from huggingface_hub import EvalResult, ModelCardData
 
 from reward_pipeline.files import replace_file, write_text
 from reward_pipeline.models import MODEL_NAME, PACKAGE
-from reward_pipeline.pair_metrics import Columns, gain, number, span
+from reward_pipeline.pair_metrics import Columns, difference, gain, number, span
 from reward_pipeline.plots import plot_evaluation
 from reward_pipeline.statistics import TIE
 
@@ -161,6 +161,11 @@ between answers to one prompt have a meaning.
 ({span(metrics["form_wrong_interval"])}, n = {metrics["form_wrong_n"]:,}) |
 {authors}| accuracy where the chosen answer is the shorter one | {number(metrics["shorter_chosen_accuracy"])} \
 ({span(metrics["shorter_chosen_interval"])}, n = {metrics["shorter_chosen_n"]:,}) |
+| accuracy with the prompts shuffled among the pairs, lost by it | {number(metrics["shuffled_prompt_accuracy"])}, \
+{difference(metrics["shuffled_prompt_loss"], metrics["shuffled_prompt_loss_interval"])}, \
+n = {metrics["shuffled_prompt_n"]:,} |
+| accuracy of the own answer against another prompt's of the same length | {number(metrics["own_prompt_accuracy"])} \
+({span(metrics["own_prompt_interval"])}, n = {metrics["own_prompt_n"]:,}) |
 {form_rows(metrics["with_form"])}\
 | expected calibration error, Brier score | {sure["ece"]:.3f}, {sure["brier"]:.3f} |
 | mean margin | {metrics["mean_margin"]:.3f} |

@@ -178,7 +178,6 @@ class RewardModelEvaluator:
         combined = self.combine(scores).tolist()
         return (combined, scores.std(axis=0).tolist()) if with_std else combined
 
-    @torch.inference_mode()
     def get_member_scores(
         self,
         prompts: Sequence[Prompt],
@@ -188,26 +187,42 @@ class RewardModelEvaluator:
         progress: bool | Callable[[int], object] = False,
     ) -> np.ndarray:
         """(M, N) rewards by each of the M members, float64; arguments and errors as `get_reward_scores`."""
+        return self.get_member_scores_and_cuts(prompts, responses, batch_size, max_length, progress)[0]
+
+    @torch.inference_mode()
+    def get_member_scores_and_cuts(
+        self,
+        prompts: Sequence[Prompt],
+        responses: Sequence[Response],
+        batch_size: int = BATCH_SIZE,
+        max_length: int | None = None,
+        progress: bool | Callable[[int], object] = False,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """As `get_member_scores`; also (M, N, 2) bool, whether each of them read a cut prompt, and a cut answer."""
         if isinstance(prompts, str) or isinstance(responses, str):
             raise TypeError("get_reward_scores takes lists; for one response use get_reward_score")
         if batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, but must be at least 1")
         scores = np.empty((len(self.members), len(responses)))
+        cuts: np.ndarray = np.zeros((*scores.shape, 2), dtype=bool)
         with tqdm(total=scores.size, desc="Scoring", unit=" answers", disable=progress is not True) as bar:
             advance = progress if callable(progress) else bar.update
-            for row, member in zip(scores, self.members, strict=True):
+            for row, cut, member in zip(scores, cuts, self.members, strict=True):
                 limit = member.max_length if max_length is None else max_length
                 if limit > (most := positions(member.model)):
                     raise ValueError(f"max_length is {limit}, but {member.model.name_or_path} takes {most} tokens")
                 encoded = encode_stream(member.tokenizer, prompts, responses, limit, halve_prompt=member.halve_prompt)
-                # As bytes they take a tenth of the memory, and big-endian ones sort as the numbers do.
-                inputs = [np.array(one.ids, ">i4").tobytes() for one in encoded]
+                inputs = []
+                for number, one in enumerate(encoded):
+                    # As bytes they take a tenth of the memory, and big-endian ones sort as the numbers do.
+                    inputs.append(np.array(one.ids, ">i4").tobytes())
+                    cut[number] = one.prompt_cut, one.response_cut
                 row[:] = self._rewards(member, inputs, batch_size, advance)
                 if member.form_model:
                     row += form_scores(member.form_model, responses)
                 row -= member.mean
                 row /= member.std
-        return scores
+        return scores, cuts
 
     def combine(self, scores: np.ndarray) -> np.ndarray:
         """(N,) rewards of the ensemble from its members' (M, N)."""

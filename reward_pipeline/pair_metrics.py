@@ -1,7 +1,7 @@
 """Scored pairs become figures."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,11 +11,12 @@ from accelerate import PartialState
 from accelerate.utils import gather_object
 from datasets import Dataset
 
-from reward_pipeline.conversations import Messages, encode_stream, response_text
+from reward_pipeline.conversations import Messages, response_text
 from reward_pipeline.evaluator import RewardModelEvaluator
 from reward_pipeline.form import author_margins, form_differences, form_margins, form_scores, response_length
 from reward_pipeline.pairs import pair_keys
 from reward_pipeline.processes import is_first_process
+from reward_pipeline.reading import reading_partners
 from reward_pipeline.statistics import bootstrap_interval, rate_interval, spearman, wins
 
 GROUPS = 4  # groups of equal size for accuracy by length and by rating gap
@@ -23,10 +24,16 @@ CONFIDENCE_BINS = 10  # of equal width between 0.5 and 1, for the calibration er
 # Arrays of equal length, one entry a pair: "pairs" (name of the source), "place" (its row there), "prompt", "chosen",
 # "rejected" (texts), "prompt_key" (hash of the prompt), "chosen_reward", "rejected_reward", "chosen_length",
 # "rejected_length" (characters), "chosen_rating", "rejected_rating", "rating_gap" (NaN where unknown), "category" (""
-# where unknown), "form_margin" (of the form model, NaN where none is known), "chosen_form", "rejected_form" (the form
-# term beside the rewards, NaN where the training had none), "chosen_author", "rejected_author" ("" where unknown),
-# "author_margin" (by their strengths, NaN where unknown), "prompt_cut", "response_cut" (beside or in either answer).
+# where unknown), "form_margin" (of the form model, NaN where none is known), "chosen_author", "rejected_author" (""
+# where unknown), "author_margin" (by their strengths, NaN where unknown), "prompt_cut", "response_cut" (beside or in
+# either answer). Of `score_pairs` also "chosen_form", "rejected_form" (the form term beside the rewards, NaN where the
+# training had none), "shuffled_chosen_reward", "shuffled_rejected_reward" (under another prompt) and "other_reward"
+# (under the own prompt, of another one's chosen answer), NaN where not checked.
 Columns = dict[str, np.ndarray]
+ANSWERS = {  # the rewards of a pair, and whether the answer is a chosen or a rejected one
+    **{"chosen_reward": "chosen", "rejected_reward": "rejected"},
+    **{"shuffled_chosen_reward": "chosen", "shuffled_rejected_reward": "rejected", "other_reward": "chosen"},
+}
 
 
 def prompt_text(messages: Messages) -> str:
@@ -74,58 +81,61 @@ def text_columns(
     }
 
 
-def score_pairs(evaluator: RewardModelEvaluator, pairs: Dataset, name: str) -> tuple[Columns, np.ndarray]:
-    """Score both answers of N pairs.
+def score_pairs(
+    evaluator: RewardModelEvaluator, pairs: Dataset, name: str, part: np.ndarray | None = None
+) -> tuple[Columns, np.ndarray]:
+    """Score both answers of N pairs, and what `reading_partners` checks of them.
+
+    Args:
+        part: (N,) rows of the pairs to score, by default all; their partners may be any.
 
     Returns:
         The columns (what is cut is told by the first member's tokenizer and length), and the (M, N) margins of the
         evaluator's M members.
     """
-    member = evaluator.members[0]
-    form_model = getattr(member.model.config, "form_model", None)  # of its own training pairs
-    author_strengths = getattr(member.model.config, "author_strengths", None)
-    columns, prompts = text_columns(pairs, name, form_model, author_strengths), list(pairs["prompt"])
-    chosen, rejected = columns["chosen"].tolist(), columns["rejected"].tolist()
-    terms = form_terms(evaluator, [*chosen, *rejected])
-    scores = evaluator.get_member_scores([*prompts, *prompts], [*chosen, *rejected], progress=is_first_process())
-    rewards = evaluator.combine(scores)
-    cuts = [
-        [
-            (one.prompt_cut, one.response_cut)
-            for one in encode_stream(
-                member.tokenizer, prompts, side, member.max_length, halve_prompt=member.halve_prompt
-            )
-        ]
-        for side in (chosen, rejected)
-    ]
+    config = evaluator.members[0].model.config
+    fitted = (getattr(config, each, None) for each in ("form_model", "author_strengths"))  # to its own training pairs
+    columns, prompts = text_columns(pairs, name, *fitted), list(pairs["prompt"])
+    own = np.arange(len(pairs)) if part is None else part
+    partners = reading_partners(columns["prompt_key"], columns["chosen"], columns["chosen_length"])
+    shuffled, matched = (each[own] for each in partners)
+    # A row a reward: which pair the prompt is from, and which one the answer. All are scored at once, so that those
+    # with a common prompt come together.
+    asked, answered = np.array([own, own, shuffled, shuffled, own]), np.array([own, own, own, own, matched])
+    answers = np.array([columns[side][rows] for side, rows in zip(ANSWERS.values(), answered, strict=True)])
+    known = (asked >= 0) & (answered >= 0)
+    scores, cuts = evaluator.get_member_scores_and_cuts(
+        [prompts[row] for row in asked[known]], answers[known].tolist(), progress=is_first_process()
+    )
+    rewards = np.full(known.shape, np.nan)
+    rewards[known] = evaluator.combine(scores)
+    n = len(own)  # of the first two rows all are known
     # A prompt may be cut beside one answer only, where the whole fits with the other one.
-    prompt_cut, response_cut = np.array(cuts, dtype=bool).reshape(2, -1, 2).any(axis=0).T
-    columns |= {
-        "chosen_reward": rewards[: len(pairs)],
-        "rejected_reward": rewards[len(pairs) :],
-        "chosen_form": terms[: len(pairs)],
-        "rejected_form": terms[len(pairs) :],
-        "prompt_cut": prompt_cut,
-        "response_cut": response_cut,
-    }
-    return columns, scores[:, : len(pairs)] - scores[:, len(pairs) :]
+    prompt_cut, response_cut = cuts[0, : 2 * n].reshape(2, n, 2).any(axis=0).T
+    columns = {key: values[own] for key, values in columns.items()} | dict(zip(ANSWERS, rewards, strict=True))
+    columns |= {f"{side}_form": form_terms(evaluator, columns[side]) for side in ("chosen", "rejected")}
+    return columns | {"prompt_cut": prompt_cut, "response_cut": response_cut}, scores[:, :n] - scores[:, n : 2 * n]
 
 
-def form_terms(evaluator: RewardModelEvaluator, responses: Sequence[str]) -> np.ndarray:
+def form_terms(evaluator: RewardModelEvaluator, responses: Iterable[str]) -> np.ndarray:
     """(N,) what the form term adds to the reward of an answer, of an ensemble the mean; NaN where a member has none."""
-    configs = [member.model.config for member in evaluator.members]
+    configs, texts = [member.model.config for member in evaluator.members], list(responses)
     if not all(getattr(config, "form_term", False) for config in configs):
-        return np.full(len(responses), np.nan)
-    return np.mean([form_scores(config.form_model, responses) for config in configs], axis=0)
+        return np.full(len(texts), np.nan)
+    return np.mean([form_scores(config.form_model, texts) for config in configs], axis=0)
 
 
 def with_form(columns: Columns) -> Columns | None:
-    """The columns with the form term as a part of the rewards; None where the training had none."""
+    """The columns with the form term as a part of the rewards; None where the training had none.
+
+    Without those of the checks of reading, which are about the model.
+    """
     terms = [columns.get(f"{side}_form") for side in ("chosen", "rejected")]
     if any(term is None or np.isnan(term).any() for term in terms):
         return None
     whole = {f"{side}_reward": columns[f"{side}_reward"] + columns[f"{side}_form"] for side in ("chosen", "rejected")}
-    return {name: values for name, values in {**columns, **whole}.items() if not name.endswith("_form")}
+    checks = [name for name in ANSWERS if name not in whole]
+    return {name: columns[name] for name in columns if name not in (*checks, "chosen_form", "rejected_form")} | whole
 
 
 def score_together(evaluator: RewardModelEvaluator, pairs: Dataset, name: str) -> Columns:
@@ -134,8 +144,8 @@ def score_together(evaluator: RewardModelEvaluator, pairs: Dataset, name: str) -
     All processes have to call it; all get the columns of all pairs, in their order.
     """
     state = PartialState()
-    mine = pairs.shard(state.num_processes, state.process_index, contiguous=True)
-    return join_columns(gather_object([score_pairs(evaluator, mine, name)[0]] if len(mine) else []))
+    mine = np.array_split(np.arange(len(pairs)), state.num_processes)[state.process_index]
+    return join_columns(gather_object([score_pairs(evaluator, pairs, name, mine)[0]] if len(mine) else []))
 
 
 def join_columns(tables: Sequence[Columns]) -> Columns:
@@ -227,6 +237,11 @@ def pair_metrics(columns: Columns) -> dict[str, Any]:
           numbers 0) where no form model is known
         - `author_n`, pairs with a known author margin, and over these `author_wins`, accuracy of preferring the
           stronger author; `gain_over_authors` and its paired interval. All None (and 0) where there are none
+        - `shuffled_prompt_accuracy` (ties half) where both answers are scored under another pair's prompt;
+          `shuffled_prompt_loss`, accuracy on the same `shuffled_prompt_n` pairs under their own prompts minus that, and
+          its paired interval
+        - `own_prompt_accuracy` (ties half) of preferring the chosen answer to another prompt's that is nearest in
+          length; `own_prompt_interval`, `own_prompt_n`. All None (and the numbers 0) where nothing was checked
         - `mean_margin`; `brier`, mean of (1 - sigmoid(margin))^2; `ece` (`calibration_error`), `reliability` (its bins)
         - `reward_mean`, `reward_std` of all 2 N answers; `spearman_reward_length` over these, and
           `spearman_margin_length` of the differences within a pair
@@ -258,6 +273,7 @@ def pair_metrics(columns: Columns) -> dict[str, Any]:
         "shorter_chosen_interval": shorter["accuracy_interval"],
         **form_metrics(columns["form_margin"], margins, pair_wins, prompt_key),
         **author_metrics(columns["author_margin"], pair_wins, prompt_key),
+        **reading_metrics(columns, pair_wins),
         "mean_margin": float(margins.mean()),
         "brier": float(np.mean(scipy.special.expit(-margins) ** 2)),
         "ece": calibration_error(bins),
@@ -316,6 +332,24 @@ def paired_gain(
     return float(baseline_wins.mean()), float(difference.mean()), bootstrap_interval(difference, prompt_key)
 
 
+def reading_metrics(columns: Columns, pair_wins: np.ndarray) -> dict[str, Any]:
+    """How much of the (N,) wins needs the prompt; see `pair_metrics`."""
+    prompt_key, unknown = columns["prompt_key"], np.full(len(pair_wins), np.nan)  # benchmarks do not check it
+    names = ("shuffled_chosen_reward", "shuffled_rejected_reward", "other_reward")
+    chosen, rejected, other = (columns.get(name, unknown) for name in names)
+    shuffled, own = ~np.isnan(chosen), ~np.isnan(other)
+    shuffled_wins = wins(chosen[shuffled], rejected[shuffled])
+    loss = pair_wins[shuffled] - shuffled_wins
+    part = accuracy_with_interval(wins(columns["chosen_reward"][own], other[own]), prompt_key[own])
+    return {
+        "shuffled_prompt_n": len(loss),
+        "shuffled_prompt_accuracy": float(shuffled_wins.mean()) if len(loss) else None,
+        "shuffled_prompt_loss": float(loss.mean()) if len(loss) else None,
+        "shuffled_prompt_loss_interval": bootstrap_interval(loss, prompt_key[shuffled]),
+        **{f"own_prompt_{key.removeprefix('accuracy_')}": value for key, value in part.items()},
+    }
+
+
 def breakdowns(columns: Columns, pair_wins: np.ndarray, longer: np.ndarray) -> dict[str, list[dict[str, Any]]]:
     """Accuracy by rating gap, by length and by category."""
     rated, named = ~np.isnan(columns["rating_gap"]), columns["category"] != ""
@@ -341,6 +375,11 @@ def number(value: float | None) -> str:
 def gain(metrics: Mapping[str, Any], baseline: str) -> str:
     """Paired difference to "longer_wins", "form" or "authors" with its interval; a dash where that is not known."""
     value, bounds = metrics[f"gain_over_{baseline}"], metrics[f"gain_over_{baseline}_interval"]
+    return difference(value, bounds)
+
+
+def difference(value: float | None, bounds: Sequence[float] | None) -> str:
+    """A paired difference with its interval; a dash where there is none."""
     return "–" if value is None else f"{value:+.3f} ({span(bounds)})"
 
 

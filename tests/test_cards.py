@@ -17,7 +17,16 @@ SETTINGS = {
 METADATA = {"source": "hub esfrankel17/HelpSteer2_binarized, average_rating_split, revision 2c3d", "max_length": 256}
 TRAINING = {"candidates": 3, "train_pairs": 32, "updates": 4, "pairs_per_update": 8, "train_seconds": 5.0}
 METRICS = {
-    **pair_metrics(scored([2.0, 1.0, 0.0, 3.0], [1.0, 1.0, 1.0, -1.0], prompt_key=[7, 7, 8, 9])),
+    **pair_metrics(
+        scored(
+            [2.0, 1.0, 0.0, 3.0],
+            [1.0, 1.0, 1.0, -1.0],
+            prompt_key=[7, 7, 8, 9],
+            shuffled_chosen_reward=[1.0, 0.0, 1.0, 1.0],
+            shuffled_rejected_reward=[0.0, 1.0, 2.0, 0.0],
+            other_reward=[1.0, 2.0, math.nan, math.nan],
+        )
+    ),
     **TRAINING,
     "device": "cpu (float32)",
 }
@@ -53,6 +62,8 @@ def test_the_hub_reads_where_a_reward_model_comes_from_and_how_good_it_is(tmp_pa
     assert (metric["type"], metric["value"]) == ("accuracy", 0.625)
     assert "n = 4" in metric["name"]
     assert "| accuracy, ties half | **0.625** (95 % interval " in card.text
+    assert "shuffled among the pairs, lost by it | 0.500, +0.125 (" in card.text
+    assert "of the same length | 0.500 (–, n = 2) |" in card.text
     assert "by LoRA, merged" in card.text and "![margins](plots/margins.png)" in card.text
     assert "Reads 256 tokens. A conversation that fits is never cut" in card.text
 

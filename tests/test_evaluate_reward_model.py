@@ -42,7 +42,7 @@ def test_files_and_total(monkeypatch, tiny_reward_model, processed, write_jsonl,
     assert results["files"][source]["by_category"][0]["group"] == "numbers"
     assert results["files"][processed]["by_category"] == []
     printed = capsys.readouterr().out
-    for words in ("1 unusable rows", "total", "numbers", "scored in float32"):
+    for words in ("1 unusable rows", "total", "numbers", "prompts shuffled among the pairs", "scored in float32"):
         assert words in printed
     assert (output / "report.txt").read_text().strip() in printed
     assert (output / "mistakes.md").read_text().startswith("# Worst mistakes")
@@ -63,6 +63,9 @@ def test_files_and_total(monkeypatch, tiny_reward_model, processed, write_jsonl,
             assert float(line[f"{side}_reward"]) == pytest.approx(score, abs=1e-5)
     right = np.mean([float(line["chosen_reward"]) > float(line["rejected_reward"]) for line in lines])
     assert results["total"]["accuracy"] == pytest.approx(right, abs=1e-4)
+    own = np.mean([float(line["chosen_reward"]) > float(line["other_reward"]) for line in lines])
+    assert (results["total"]["own_prompt_n"], results["total"]["shuffled_prompt_n"]) == (14, 14)
+    assert results["total"]["own_prompt_accuracy"] == pytest.approx(own, abs=1e-4)
 
 
 def test_a_model_that_knows_its_form_model_is_compared_with_it(

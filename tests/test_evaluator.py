@@ -220,6 +220,16 @@ def test_an_ensemble_scores_by_the_mean_and_shows_the_spread(ensemble, evaluator
     assert ensemble.max_length == 128 and other.max_length == 64  # every member cuts as it was trained
 
 
+def test_every_member_tells_what_it_cut(ensemble):
+    prompts, answers = ["Hi", "word " * 100, "Hi"], ["yes", "yes", "no " * 100]  # of 64 tokens, and of 128
+    scores, cuts = ensemble.get_member_scores_and_cuts(prompts, answers)
+    assert scores == pytest.approx(ensemble.get_member_scores(prompts, answers))
+    assert cuts.tolist() == [
+        [[False, False], [False, False], [False, False]],
+        [[False, False], [True, False], [False, True]],
+    ]
+
+
 def test_a_penalty_lowers_rewards_by_the_spread(ensemble, tiny_reward_model, other_reward_model):
     careful = RewardModelEvaluator([tiny_reward_model, other_reward_model], device="cpu", std_penalty=0.5)
     scores, stds = ensemble.get_reward_scores(PROMPTS, RESPONSES, with_std=True)

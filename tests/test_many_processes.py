@@ -155,7 +155,8 @@ def test_every_pair_is_evaluated_once(runs):
             tables.append([{**row, "place": row["place"].partition(", ")[2]} for row in csv.DictReader(file)])
     assert [row["place"] for row in tables[1]] == [f"validation row {number}" for number in range(1, 10)]
     for one, two in zip(*tables, strict=True):
-        assert float(two["chosen_reward"]) == pytest.approx(float(one["chosen_reward"]), rel=2e-2, abs=2e-2)
+        for name in ("chosen_reward", "shuffled_chosen_reward", "other_reward"):  # the partners of all pairs as well
+            assert float(two[name]) == pytest.approx(float(one[name]), rel=2e-2, abs=2e-2)
     assert logged(runs.two / "reward", "eval_accuracy") == logged(runs.one / "reward", "eval_accuracy")
     assert {round(9 * accuracy, 3) % 0.5 for accuracy in logged(runs.two / "reward", "eval_accuracy")} == {0}
 

@@ -1,4 +1,5 @@
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss
 
 from reward_pipeline import pair_metrics as pm
+from reward_pipeline import reading
 from reward_pipeline.evaluator import RewardModelEvaluator
 from reward_pipeline.statistics import bootstrap_interval, rate_interval, wins
 
@@ -144,6 +146,33 @@ def test_without_authors_their_figures_are_unknown():
     }  # fmt: skip
 
 
+def test_checks_of_reading_by_hand():
+    nan = math.nan
+    metrics = pm.pair_metrics(
+        scored(
+            [2.0, 1.0, 0.0, 3.0, 1.0],
+            [1.0, 0.0, 1.0, 3.0, 0.0],  # right, right, wrong, tie, right
+            shuffled_chosen_reward=[0.0, 1.0, 0.0, nan, 2.0],
+            shuffled_rejected_reward=[1.0, 0.0, 0.0, nan, 3.0],  # wrong, right, tie, not checked, wrong
+            other_reward=[1.0, nan, 1.0, nan, 1.0],  # right, not checked, wrong, not checked, tie
+            prompt_key=[1, 2, 3, 3, 4],
+        )
+    )
+    assert (metrics["shuffled_prompt_n"], metrics["shuffled_prompt_accuracy"]) == (4, 1.5 / 4)
+    assert metrics["shuffled_prompt_loss"] == (1 + 0 - 0.5 + 1) / 4
+    assert metrics["shuffled_prompt_loss_interval"] == bootstrap_interval(np.array([1, 0, -0.5, 1]), [1, 2, 3, 4])
+    assert (metrics["own_prompt_n"], metrics["own_prompt_accuracy"]) == (3, 0.5)
+    assert metrics["own_prompt_interval"] == rate_interval(np.array([1, 0, 0.5]), [1, 3, 4])
+
+
+@pytest.mark.parametrize("columns", [{}, {"shuffled_chosen_reward": [math.nan] * 2, "other_reward": [math.nan] * 2}])
+def test_what_was_not_checked_of_reading_is_unknown(columns):
+    metrics = pm.pair_metrics(scored([1.0, 0.0], [0.0, 1.0], **columns))
+    figures = {name: value for name, value in metrics.items() if name.startswith(("shuffled_prompt", "own_prompt"))}
+    assert {name for name, value in figures.items() if value == 0} == {"shuffled_prompt_n", "own_prompt_n"}
+    assert len(figures) == 7 and sum(value is None for value in figures.values()) == 5
+
+
 def test_calibration_error_by_hand():
     def logit(p):
         return math.log(p / (1 - p))
@@ -245,6 +274,75 @@ def test_prompts_are_shown_as_people_read_them():
     assert pm.prompt_text(turns) == "System: Be brief.\n\nUser: Why?\n\nAssistant: So.\n\nUser: How?"
 
 
+def rows_of(pairs: list[dict]) -> Dataset:
+    """Pairs of texts as an evaluation reads them."""
+    unknown = {"chosen_rating": None, "rejected_rating": None, "category": ""}
+    return Dataset.from_list(
+        [
+            {
+                "prompt": user(pair["prompt"]),
+                **{side: assistant(pair[side]) for side in ("chosen", "rejected")},
+                **unknown,
+                "place": f"row {number}",
+            }
+            for number, pair in enumerate(pairs)
+        ]
+    )
+
+
+def rewarding(reward) -> SimpleNamespace:
+    """An evaluator of one model whose reward is a function of two texts, the prompt and the answer."""
+
+    def score(prompts, answers, progress):
+        rewards = [reward(pm.prompt_text(prompt), answer) for prompt, answer in zip(prompts, answers, strict=True)]
+        return np.array([rewards], float), np.zeros((1, len(rewards), 2), dtype=bool)
+
+    member = SimpleNamespace(model=SimpleNamespace(config=SimpleNamespace()))
+    return SimpleNamespace(members=[member], get_member_scores_and_cuts=score, combine=lambda scores: scores[0])
+
+
+def answer_length(prompt: str, answer: str) -> int:
+    return len(answer)
+
+
+def shared_words(prompt: str, answer: str) -> int:
+    return len(set(prompt.split()) & set(answer.split()))
+
+
+def named_pairs(*names: str) -> list[dict]:
+    """The chosen answer has the name in its prompt, the rejected one is shorter."""
+    return [{"prompt": f"Say {name}", "chosen": f"{name} now", "rejected": "no"} for name in names]
+
+
+@pytest.mark.parametrize("reward, accuracy, shuffled, own", [(answer_length, 1, 1, 0.5), (shared_words, 1, 0.5, 1)])
+def test_only_a_model_that_reads_needs_the_prompt(reward, accuracy, shuffled, own):
+    columns, _ = pm.score_pairs(rewarding(reward), rows_of(named_pairs("Ann", "Bob", "Cem", "Dan")), "file")
+    metrics = pm.pair_metrics(columns)
+    assert (metrics["accuracy"], metrics["shuffled_prompt_accuracy"]) == (accuracy, shuffled)
+    assert metrics["shuffled_prompt_loss"] == accuracy - shuffled
+    assert metrics["own_prompt_accuracy"] == own
+    assert metrics["shuffled_prompt_n"] == metrics["own_prompt_n"] == 4
+
+
+def test_some_pairs_are_checked_and_parts_are_scored_as_the_whole(monkeypatch):
+    """What a process scores does not depend on what the others do."""
+    monkeypatch.setattr(reading, "READING_PAIRS", 3)
+    pairs = rows_of(named_pairs("Ann", "Bobby", "Cem", "Dan", "Elvira"))
+    evaluator = rewarding(lambda prompt, answer: len(prompt) * 100 + len(answer))
+    whole, margins = pm.score_pairs(evaluator, pairs, "file")
+    assert np.isfinite(whole["chosen_reward"]).all()
+    for name in ("shuffled_chosen_reward", "shuffled_rejected_reward", "other_reward"):
+        assert np.isfinite(whole[name]).tolist() == [True, False, True, False, True]
+    # Nearest to "Cem now" is "Ann now", nearest to "Elvira now" is "Bobby now".
+    assert whole["other_reward"][[2, 4]].tolist() == [707, 1009]
+    parts = [pm.score_pairs(evaluator, pairs, "file", part) for part in (np.array([0, 1]), np.array([2, 3, 4]))]
+    joined = pm.join_columns([columns for columns, _ in parts])
+    assert joined.keys() == whole.keys()
+    for name, values in whole.items():
+        np.testing.assert_array_equal(joined[name], values)
+    np.testing.assert_array_equal(np.concatenate([each for _, each in parts], axis=1), margins)
+
+
 def test_scored_pairs_carry_their_texts_rewards_and_cuts(tiny_reward_model):
     pairs = [{**pair, "prompt": user(pair["prompt"])} for pair in make_pairs(4)]
     pairs[1]["rejected"] = "no " * 500  # of 128 tokens
@@ -283,6 +381,13 @@ def test_scored_pairs_carry_their_texts_rewards_and_cuts(tiny_reward_model):
         for side in ("chosen", "rejected"):
             score = evaluator.get_reward_score(pair["prompt"], pair[side])
             assert columns[f"{side}_reward"][number] == pytest.approx(score, abs=1e-5)
+    shuffled, matched = reading.reading_partners(*(columns[name] for name in ("prompt_key", "chosen", "chosen_length")))
+    for number, pair in enumerate(pairs):
+        for side in ("chosen", "rejected"):
+            score = evaluator.get_reward_score(pairs[shuffled[number]]["prompt"], pair[side])
+            assert columns[f"shuffled_{side}_reward"][number] == pytest.approx(score, abs=1e-5)
+        score = evaluator.get_reward_score(pair["prompt"], pairs[matched[number]]["chosen"])
+        assert columns["other_reward"][number] == pytest.approx(score, abs=1e-5)
     assert margins.tolist() == [(columns["chosen_reward"] - columns["rejected_reward"]).tolist()]
     whole = pm.pair_metrics(columns)["with_form"]
     sums = columns["chosen_reward"] - columns["rejected_reward"] + columns["form_margin"]
