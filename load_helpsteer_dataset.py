@@ -59,14 +59,14 @@ def main() -> None:
     from datasets import DatasetDict
 
     from reward_pipeline.models import load_tokenizer, resolve_model
-    from reward_pipeline.pairs import Tally, draw, split_by_prompt, unique_pairs
+    from reward_pipeline.pairs import Tally, draw, split_by_prompt
     from reward_pipeline.plots import plot_lengths
     from reward_pipeline.processed import (
         COUNT_COLUMNS,
-        KEY_FEATURES,
         data_statistics,
         digest,
         form_statistics,
+        make_unique,
         tokenize_pairs,
         whole_columns,
         whole_lengths,
@@ -91,15 +91,10 @@ def main() -> None:
         pairs = write_pairs(sources, work / "pairs.arrow", tally, tokenizer)
 
         # Pairs are made unique: the first of equal ones stays, and none of two that say the opposite.
-        keys = whole_columns(pairs, list(KEY_FEATURES))
-        kept, duplicates, contradicting = unique_pairs(keys["pair_key"], keys["swapped"])
-        tally.drop_pairs("duplicate pair", pairs, duplicates)
-        tally.drop_pairs("contradicting pair", pairs, contradicting)
-        if not len(kept):
-            raise InputError(f"{named}: every pair contradicts another one")
+        pairs, keys = make_unique(pairs, named, tally)
 
         # Some are drawn, and split so that no prompt stands on both sides.
-        drawn = kept[draw(len(kept), options.limit, options.seed)]
+        drawn = draw(len(pairs), options.limit, options.seed)
         train, validation = split_by_prompt(keys["prompt_key"][drawn], options.validation_share, options.seed)
         members = {"train": drawn[train], "validation": drawn[validation]}
 
@@ -126,7 +121,7 @@ def main() -> None:
         metadata = {
             "source": " + ".join(source.origin for source in sources),
             "revision": {source.name: source.revision for source in sources},
-            "rows": {**tally.summary(), "not_drawn": len(kept) - len(drawn), "kept": sum(sizes.values())},
+            "rows": {**tally.summary(), "not_drawn": len(pairs) - len(drawn), "kept": sum(sizes.values())},
             "splits": sizes,
             "digest": digest(keys["pair_key"][drawn], keys["swapped"][drawn]),
             "split_digests": {

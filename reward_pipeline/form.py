@@ -114,6 +114,13 @@ def form_differences(chosen: Iterable[Response], rejected: Iterable[Response]) -
     return np.array(rows).reshape(-1, len(COUNTS))
 
 
+def root_mean_squares(differences: np.ndarray) -> np.ndarray:
+    """(F,) of every count, to divide it by."""
+    scale = np.sqrt(np.mean(differences**2, axis=0))
+    scale[scale == 0] = 1.0  # of a count that no pair differs in; its weight stays 0
+    return scale
+
+
 def fit_form_model(differences: np.ndarray) -> dict[str, float]:
     """Bradley-Terry logistic regression (Bradley and Terry 1952): the weight of every count.
 
@@ -122,8 +129,7 @@ def fit_form_model(differences: np.ndarray) -> dict[str, float]:
     Args:
         differences: (N, F) of `form_differences`.
     """
-    scale = np.sqrt(np.mean(differences**2, axis=0))
-    scale[scale == 0] = 1.0  # of a count that no pair differs in; its weight stays 0
+    scale = root_mean_squares(differences)
     fitted = _fit(differences / scale) / scale
     return dict(zip(COUNTS, map(float, fitted), strict=True))
 

@@ -136,7 +136,8 @@ def split_by_prompt(prompt_key: np.ndarray, share: float, seed: int) -> tuple[np
     _, prompt, sizes = np.unique(prompt_key, return_inverse=True, return_counts=True)
     if len(sizes) < 2:
         raise InputError("all pairs share one prompt; at least two are needed for a training and a validation split")
-    wanted = len(prompt_key) - int(len(prompt_key) * (1 - share))  # training rounds down: 8,678 give 6,942 and 1,736
+    # Training rounds down, but not to nothing: 8,678 pairs give 6,942 and 1,736.
+    wanted = len(prompt_key) - max(1, int(len(prompt_key) * (1 - share)))
     order, taken = list(range(len(sizes))), 0
     random.Random(seed).shuffle(order)  # of Python, whose order for a seed does not change with its version
     in_validation: np.ndarray = np.zeros(len(sizes), dtype=bool)

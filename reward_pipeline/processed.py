@@ -30,7 +30,7 @@ from reward_pipeline.form import (
 )
 from reward_pipeline.models import ModelSource, load_tokenizer
 from reward_pipeline.negatives import mismatched_pairs
-from reward_pipeline.pairs import Tally, is_validation_prompt, pair_keys, readable_pairs, text_hash
+from reward_pipeline.pairs import Tally, is_validation_prompt, pair_keys, readable_pairs, text_hash, unique_pairs
 from reward_pipeline.processes import together
 from reward_pipeline.schemas import checked_pairs
 from reward_pipeline.sources import (
@@ -105,6 +105,24 @@ def _why_nothing(tally: Tally) -> str:
     reason, count = tally.dropped.most_common(1)[0]
     first = tally.examples[reason][0]
     return f"{count} of {tally.pairs} pairs: {reason} (first: {first}); mend it or name another --source"
+
+
+def make_unique(pairs: Dataset, name: str, tally: Tally) -> tuple[Dataset, dict[str, np.ndarray]]:
+    """Those pairs of `write_pairs` that `unique_pairs` keeps; `tally` counts the others.
+
+    Returns:
+        N pairs in their order, and their `KEY_FEATURES`, (N,) each.
+
+    Raises:
+        InputError: none is kept; `name` says of what.
+    """
+    keys = whole_columns(pairs, list(KEY_FEATURES))
+    kept, duplicates, contradicting = unique_pairs(keys["pair_key"], keys["swapped"])
+    tally.drop_pairs("duplicate pair", pairs, duplicates)
+    tally.drop_pairs("contradicting pair", pairs, contradicting)
+    if not len(kept):
+        raise InputError(f"{name}: every pair contradicts another one")
+    return pairs.select(kept), {key: values[kept] for key, values in keys.items()}
 
 
 def whole_columns(pairs: Dataset, names: list[str]) -> dict[str, np.ndarray]:

@@ -1,5 +1,6 @@
 """The quality benchmarks: the usual recipe, variants, and comparisons of runs."""
 
+import importlib.util
 import json
 import math
 import shutil
@@ -7,13 +8,24 @@ import shutil
 import numpy as np
 import pandas
 import pytest
+import scipy.special
 import torch
 from conftest import make_pairs, parse, run_main
 from datasets import Dataset
 from test_pair_metrics import random_columns
 from transformers import AutoTokenizer
 
-from benchmarks import compare_runs, gradient_variance, measure, naive_recipe, reinforce_speed, remove_length, variants
+from benchmarks import (
+    compare_runs,
+    gradient_variance,
+    hold_out,
+    measure,
+    naive_recipe,
+    ngram_model,
+    reinforce_speed,
+    remove_length,
+    variants,
+)
 from reward_pipeline import (
     cards,
     conversations,
@@ -28,8 +40,9 @@ from reward_pipeline import (
 )
 from reward_pipeline.evaluator import RewardModelEvaluator
 from reward_pipeline.files import InputError
+from reward_pipeline.form import COUNTS, form_differences, form_margins
 from reward_pipeline.pair_metrics import pair_metrics
-from reward_pipeline.processed import load_processed
+from reward_pipeline.processed import PAIR_FEATURES, load_processed, read_pairs
 
 
 @pytest.fixture(autouse=True)
@@ -311,6 +324,165 @@ def test_one_prompt_can_not_be_halved(tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as ended:
         run_main("benchmarks/remove_length", monkeypatch, tmp_path / "run", tmp_path / "corrected")
     assert "one prompt" in str(ended.value.code) and not (tmp_path / "corrected").exists()
+
+
+# --- pairs held out --------------------------------------------------------------------------------------------------
+
+
+def hold(monkeypatch, tiny_model, directory, *sources, share="0.2"):
+    """Run the script; returns both files."""
+    files = directory / "train.jsonl", directory / "validation.jsonl"
+    flags = ["--train", files[0], "--validation", files[1], "--model", tiny_model, "--validation_share", share]
+    run_main("benchmarks/hold_out", monkeypatch, *sources, *flags)
+    return files
+
+
+def test_the_sides_are_those_of_the_data_script(monkeypatch, tiny_model, tmp_path, write_jsonl):
+    easy = make_pairs(30)
+    swapped = {**easy[0], "chosen": easy[0]["rejected"], "rejected": easy[0]["chosen"]}
+    sources = ["sample", write_jsonl([*easy, easy[1], swapped, {"prompt": "no answers"}])]
+    monkeypatch.setattr("reward_pipeline.plots.plot_lengths", lambda *rest: None)
+    flags = ["--model", tiny_model, "--output", tmp_path / "processed", "--max_length", "2048"]
+    run_main("load_helpsteer_dataset", monkeypatch, "--source", *sources, *flags, "--validation_share", "0.3")
+    splits, metadata = load_processed(str(tmp_path / "processed"))
+    assert metadata["rows"]["dropped_total"] == 4 and metadata["identical_after_cut"]["train"] == 0
+    files = hold(monkeypatch, tiny_model, tmp_path, *sources, share="0.3")
+    for name, file in zip(("train", "validation"), files, strict=True):
+        again = read_pairs(str(file))
+        for column in PAIR_FEATURES.keys() - {"place"}:
+            assert again[column][:] == splits[name][column][:]
+        assert {rating is None for rating in again["chosen_rating"]} == {True, False}
+
+
+def test_a_line_has_what_is_known(monkeypatch, tiny_model, tmp_path, write_jsonl):
+    source = write_jsonl([{**pair, "category": "numbers"} for pair in make_pairs(5)])
+    train, validation = (file.read_text().splitlines() for file in hold(monkeypatch, tiny_model, tmp_path, source))
+    assert (len(train), len(validation)) == (4, 1)
+    assert json.loads(train[0]) in [
+        {
+            "prompt": [{"role": "user", "content": pair["prompt"]}],
+            "chosen": answer(pair["chosen"]),
+            "rejected": answer(pair["rejected"]),
+            "category": "numbers",
+        }
+        for pair in make_pairs(5)
+    ]
+
+
+def test_no_source_is_replaced(monkeypatch, tiny_model, tmp_path, write_jsonl):
+    source = write_jsonl(make_pairs(5), "train.jsonl")
+    before = (tmp_path / "train.jsonl").read_text()
+    for named in (source, str(tmp_path), str(tmp_path / "nowhere" / ".." / "train.jsonl")):
+        with pytest.raises(SystemExit) as ended:
+            hold(monkeypatch, tiny_model, tmp_path, named)
+        assert f"--train {source}: belongs to the source {named}; name another" in ended.value.code
+    with pytest.raises(SystemExit) as ended:
+        run_main("benchmarks/hold_out", monkeypatch, "sample", "--train", source, "--validation", source)
+    assert f"both are {source}" in ended.value.code
+    with pytest.raises(SystemExit) as ended:
+        flags = ["--train", hold_out.SAMPLE_FILE, "--validation", tmp_path / "validation.jsonl"]
+        run_main("benchmarks/hold_out", monkeypatch, "sample", *flags)
+    assert "belongs to the source sample" in ended.value.code
+    assert [path.name for path in tmp_path.iterdir()] == ["train.jsonl"] and hold_out.SAMPLE_FILE.is_file()
+    assert (tmp_path / "train.jsonl").read_text() == before
+
+
+def test_both_files_are_written_or_neither(monkeypatch, tiny_model, tmp_path, write_jsonl):
+    source = write_jsonl(make_pairs(5))
+    (tmp_path / "out" / "validation.jsonl").mkdir(parents=True)
+    with pytest.raises(SystemExit) as ended:
+        hold(monkeypatch, tiny_model, tmp_path / "out", source)
+    assert "validation.jsonl: is a directory" in ended.value.code
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["validation.jsonl"]
+
+
+# --- n-grams and form ------------------------------------------------------------------------------------------------
+
+
+def ngram_differences(chosen: list[str], rejected: list[str]):
+    return ngram_model.answer_features(chosen) - ngram_model.answer_features(rejected)
+
+
+def test_an_answer_has_its_words_its_neighbours_and_its_form():
+    features = ngram_model.answer_features(["Red, blue; red blue!", answer("red blue"), ""])
+    words = features[:, : ngram_model.HASHED].toarray()
+    assert words.sum(axis=1).tolist() == [4, 3, 0]  # red, blue, red blue, blue red, each once
+    assert {*np.flatnonzero(words[1])} < {*np.flatnonzero(words[0])} and words.max() == 1
+    counts = features[:, ngram_model.HASHED :].toarray()
+    assert counts[:1] - counts[1:2] == pytest.approx(form_differences(["Red, blue; red blue!"], ["red blue"]))
+
+
+def test_the_order_of_words_is_read_where_form_tells_nothing():
+    chosen, rejected = (
+        [f"say {words} {n}" for n in range(10, 40)] for words in ("yellow before orange", "orange before yellow")
+    )
+    assert not form_differences(chosen, rejected).any()
+    weights = ngram_model.fit(ngram_differences(chosen[:20], rejected[:20]))
+    assert (ngram_differences(chosen[20:], rejected[20:]) @ weights > 0).all()
+    swapped = ngram_model.fit(ngram_differences(rejected[:20], chosen[:20]))
+    assert swapped == pytest.approx(-weights, abs=1e-6)
+
+
+def test_the_fit_is_the_minimum_of_its_loss():
+    generator = np.random.default_rng(0)
+    vocabulary = np.array(["red", "blue", "**green**", "yes!", "no?", "a, b", "(c)"])
+    chosen, rejected = (
+        [" ".join(generator.choice(vocabulary, generator.integers(2, 9))) for _ in range(100)] for _ in range(2)
+    )
+    differences = ngram_differences(chosen, rejected)
+    weights = ngram_model.fit(differences)
+    # By hand: in features of scale s the penalty |v|^2 / 2 is against C times the loss, of both orientations alike.
+    scale = np.full(ngram_model.HASHED + len(COUNTS), 0.3)
+    counts = form_differences(chosen, rejected)
+    for number in range(len(COUNTS)):
+        mean_square = (counts[:, number] ** 2).mean()
+        scale[ngram_model.HASHED + number] = 1 / math.sqrt(mean_square) if mean_square else 1.0
+    pull = 2 * 0.01 * scale * (differences.T @ scipy.special.expit(-(differences @ weights)))
+    assert abs(weights / scale).max() > 0.02
+    assert weights / scale == pytest.approx(pull, abs=2e-4)
+
+
+def test_ngrams_are_compared_with_an_evaluated_model(monkeypatch, prepared, tiny_reward_model, tmp_path, capsys):
+    model, ngrams = tmp_path / "model", tmp_path / "ngrams"
+    run_main("benchmarks/ngram_model", monkeypatch, "--data", prepared, "--output", ngrams)
+    assert capsys.readouterr().out.startswith("accuracy 1.000 (")  # the rejected answers decline, all in the same words
+    flags = ["--model", tiny_reward_model, "--pairs", prepared, "--output", model]
+    run_main("evaluate_reward_model", monkeypatch, *flags)
+    ours, theirs = (pandas.read_csv(run / "rewards.csv") for run in (ngrams, model))
+    assert {*ours.columns} <= {*theirs.columns} and not ours[["prompt_cut", "response_cut"]].any(axis=None)
+    capsys.readouterr()
+    run_main("benchmarks/compare_runs", monkeypatch, ngrams, model)
+    assert "| 1.000 (" in capsys.readouterr().out
+    metrics = json.loads((ngrams / "metrics.json").read_text())
+    assert (metrics["n"], metrics["train_pairs"], metrics["accuracy"]) == (8, 32, 1)
+
+    splits, metadata = load_processed(str(prepared))
+    weights = ngram_model.fit(ngram_differences(splits["train"]["chosen"], splits["train"]["rejected"]))
+    texts = splits["validation"]["chosen"], splits["validation"]["rejected"]
+    margins = ours["chosen_reward"] - ours["rejected_reward"]
+    assert margins.to_numpy() == pytest.approx(ngram_differences(*texts) @ weights)
+    expected = form_margins(metadata["form_model"], form_differences(*texts))
+    assert ours["form_margin"].to_numpy() == pytest.approx(expected)
+
+
+def test_ngrams_score_other_pairs(monkeypatch, prepared, tmp_path, write_jsonl):
+    easy = make_pairs(45)[40:]
+    swapped = [{**pair, "chosen": pair["rejected"], "rejected": pair["chosen"]} for pair in easy[:2]]
+    files = [write_jsonl(easy, "first.jsonl"), write_jsonl(swapped, "second.jsonl")]
+    flags = ["--data", prepared, "--pairs", *files, "--output", tmp_path / "out"]
+    run_main("benchmarks/ngram_model", monkeypatch, *flags)
+    metrics = json.loads((tmp_path / "out" / "metrics.json").read_text())
+    assert (metrics["n"], metrics["prompts"]) == (7, 5) and metrics["accuracy"] == pytest.approx(5 / 7, abs=1e-4)
+    table = pandas.read_csv(tmp_path / "out" / "rewards.csv")
+    assert table["pairs"].tolist() == [files[0]] * 5 + [files[1]] * 2
+    assert table["chosen_reward"][5] == table["rejected_reward"][0]  # an answer has one reward
+
+
+def test_without_scikit_learn_the_remedy_is_named(monkeypatch, prepared, tmp_path):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(SystemExit) as ended:
+        run_main("benchmarks/ngram_model", monkeypatch, "--data", prepared, "--output", tmp_path / "out")
+    assert "pip install -r requirements-dev.txt" in ended.value.code and not (tmp_path / "out").exists()
 
 
 # --- the variance of a gradient --------------------------------------------------------------------------------------

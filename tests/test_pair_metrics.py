@@ -276,7 +276,13 @@ def test_prompts_are_shown_as_people_read_them():
 
 def rows_of(pairs: list[dict]) -> Dataset:
     """Pairs of texts as an evaluation reads them."""
-    unknown = {"chosen_rating": None, "rejected_rating": None, "category": ""}
+    unknown = {
+        "chosen_rating": None,
+        "rejected_rating": None,
+        "category": "",
+        "chosen_author": "",
+        "rejected_author": "",
+    }
     return Dataset.from_list(
         [
             {

@@ -49,6 +49,8 @@ def test_no_prompt_on_both_sides():
 def test_two_prompts_are_enough_and_one_is_not():
     train, validation = pairs.split_by_prompt(np.array([5, 5, 5, 9]), 0.2, 0)
     assert (train.tolist(), validation.tolist()) == ([0, 1, 2], [3])
+    train, validation = pairs.split_by_prompt(np.array([5, 6, 7]), 0.99, 0)
+    assert (len(train), len(validation)) == (1, 2)  # however much is held out, something is left
     with pytest.raises(InputError, match="one prompt"):
         pairs.split_by_prompt(np.array([5, 5]), 0.2, 0)
 
