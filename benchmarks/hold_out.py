@@ -4,11 +4,12 @@ In:  sources as `load_helpsteer_dataset.py --source` takes them; several are joi
 Out: JSON lines in this project's schema, which every script reads as a source.
 
     python benchmarks/hold_out.py sample --train train.jsonl --validation validation.jsonl
+    python benchmarks/hold_out.py sample --train train.jsonl --validation validation.jsonl --unseen other.jsonl
 
 Pairs are checked, made unique and split as `load_helpsteer_dataset.py` does it: the same sources, share and seed give
 the same two sides, but for the training pairs that it drops since they are identical once cut. To train on several sets
-and evaluate on each by itself, hold out of each, join the training files, and evaluate on the others. Prompts that two
-sets have in common may then be on different sides: join such sets here.
+and evaluate on each by itself, hold out of each, and join the training files. Two sets may have prompts in common, on
+different sides: name the validation files of all sets as `--unseen`, and no prompt of theirs is trained on.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from datasets import Dataset
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -25,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import measure
 from reward_pipeline.files import InputError, json_lines, replace_file
 from reward_pipeline.models import load_tokenizer, resolve_model
-from reward_pipeline.pairs import Tally, split_by_prompt
-from reward_pipeline.processed import make_unique, write_pairs
+from reward_pipeline.pairs import Tally, prompt_key, split_by_prompt
+from reward_pipeline.processed import make_unique, read_pairs, write_pairs
 from reward_pipeline.processes import run_script
 from reward_pipeline.settings import Parser, filled_text, real, seed_number
 from reward_pipeline.sources import SAMPLE_FILE, open_sources
@@ -70,6 +72,7 @@ def main() -> None:
     share = real(above=0, below=1)
     parser.flag("validation_share", constants["VALIDATION_SHARE"], share, "of the pairs, split by prompt")
     parser.flag("seed", constants["SEED"], seed_number, "of the split")
+    parser.flag("unseen", [], filled_text, "pairs whose prompts are not trained on", nargs="+", metavar="SOURCE")
     parser.flag("model", constants["MODEL"], filled_text, "whose chat template has to take the conversations")
     options = parser.parse_args()
     check_outputs(options)
@@ -81,6 +84,10 @@ def main() -> None:
         pairs = write_pairs(sources, Path(scratch) / "pairs.arrow", tally, tokenizer)
         pairs, keys = make_unique(pairs, ", ".join(options.sources), tally)
         train, validation = split_by_prompt(keys["prompt_key"], options.validation_share, options.seed)
+        held_out = [prompt_key(prompt) for name in options.unseen for prompt in read_pairs(name)["prompt"]]
+        train = train[~np.isin(keys["prompt_key"][train], held_out)]
+        if not len(train):
+            raise InputError("--unseen: has the prompts of all training pairs; name other pairs")
         write_sides(pairs.select(train), options.train, pairs.select(validation), options.validation)
 
     dropped = "".join(f"; {count:,} dropped: {reason}" for reason, count in tally.dropped.items())

@@ -6,7 +6,7 @@ Out: a table on the terminal and, with `--json`, a file with all figures.
     python benchmarks/training_speed.py
     python benchmarks/training_speed.py --pairs my_pairs.jsonl --max_length 512 --json training_speed.json
 
-ours   `train_reward_model.py` with its constants
+ours   `train_reward_model.py` with its constants, but for the form term and the answers to other prompts
 trl    `RewardTrainer` with the defaults of `RewardConfig` (bf16, gradient checkpointing), eight pairs a batch
 plain  fp32, every conversation padded to `max_length`, no checkpointing
 
@@ -95,6 +95,7 @@ def run_ours(turns, directory: str, model: str) -> None:
     reward_training.PairTrainer = TurnTrainer
     # With --max_steps the script knows how many updates there will be, before it builds the trainer.
     flags = ["--data", f"{directory}/data", "--model", model, "--output_dir", f"{directory}/ours"]
+    flags += ["--form_term", "false", "--mismatched_share", "0"]  # the pairs and the loss of the others
     measure.run("train_reward_model", *flags, "--max_steps", UPDATES, *QUIET)
 
 

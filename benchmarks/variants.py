@@ -3,72 +3,87 @@
 In:  as `train_reward_model.py`, whose flags it takes but for `--streaming`, and the name of a variant.
 Out: as `train_reward_model.py`.
 
-    python benchmarks/variants.py length_expert --max_train_samples 1000 --output_dir length_expert
+    python benchmarks/variants.py broken_copies --output_dir broken_copies
 
-rating_margin    the rating gap becomes a margin in the loss: -log sigmoid(r_chosen - r_rejected - gap)
-no_near_ties     training pairs whose ratings differ by at most 0.4 are left out
-length_balanced  training pairs whose longer answer is the chosen one are thinned out until they are half
-length_expert    product of experts (arXiv 1909.03683): the loss sees margin + b * log(length ratio), with b fitted to
-                 the training pairs beforehand, so that the reward learns what length does not explain
-large_head       the head as it is drawn, ten times as large as in the training
-lm_loss          0.1 x language-model loss on the chosen conversation is added (GRM, arXiv 2406.10216)
-prompt_quarter, prompt_three_quarters
-                 share of max_length that the prompt may use, instead of half; evaluated so at the end of the training,
-                 but not by other scripts later
+broken_copies   as many more negatives that keep the form of the chosen answer: with other digits in its numbers, its
+                sentences in another order, or a third of them from another answer (arXiv 2506.16507)
+grouped_pairs   the pairs of a prompt come one after the other, so that on a CPU an answer that several have in common
+                is computed once
+open_cuts       an answer that was cut has no end token, so that the model sees that it was; evaluated so at the end of
+                the training, but not by other scripts later
+scaled_ratings  a pair counts by its rating gap: scaled Bradley-Terry (arXiv 2410.01257)
+mean_weights    the mean of the weights over the last third of the updates instead of the last ones (arXiv 2401.12187)
 """
 
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
-import scipy.optimize
-import scipy.special
 import torch
 from datasets import Dataset
+from transformers import TrainerCallback
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import measure
-from reward_pipeline import conversations, models, prefix_sharing, processed, reward_training
+from reward_pipeline import conversations, models, processed, reward_training
+from reward_pipeline.conversations import Encoded, response_text
 from reward_pipeline.files import InputError
-from reward_pipeline.form import response_length
-from reward_pipeline.pairs import draw
+from reward_pipeline.negatives import mismatched_pairs
+from reward_pipeline.pairs import prompt_key
 from reward_pipeline.processes import run_script
 
-NEAR_TIE = 0.4  # rating gap, on a scale of 0 to 4 in steps of 0.2
-LM_WEIGHT = 0.1
-PROMPT_SHARES = {"prompt_quarter": 0.25, "prompt_three_quarters": 0.75}
-VARIANTS = (
-    *("rating_margin", "no_near_ties", "length_balanced", "length_expert", "large_head", "lm_loss"),
-    *PROMPT_SHARES,
-)
+SENTENCE_GAP = re.compile(r"(?<=[.!?])\s+(?=\S)")
+AVERAGED_FROM = 2 / 3  # of the updates
+VARIANTS = ("broken_copies", "grouped_pairs", "open_cuts", "scaled_ratings", "mean_weights")
 
 
-def rating_gaps(pairs: Dataset) -> np.ndarray:
-    chosen, rejected = (np.array(pairs[f"{side}_rating"], dtype=float) for side in ("chosen", "rejected"))
-    if np.isnan(chosen - rejected).any():
-        raise InputError("this variant needs ratings for all training pairs, as HelpSteer2 has them")
-    return chosen - rejected
+# --- broken_copies
 
 
-def log_length_ratios(pairs: Dataset) -> np.ndarray:
-    """log(characters of the chosen / of the rejected answer)."""
-    chosen, rejected = (np.array([*map(response_length, pairs[side])]) for side in ("chosen", "rejected"))
-    return np.log(np.maximum(chosen, 1) / np.maximum(rejected, 1))
+def other_digits(text: str, generator: np.random.Generator) -> str:
+    """The text with another digit in the place of each."""
+    return re.sub(r"\d", lambda digit: str((int(digit[0]) + generator.integers(1, 10)) % 10), text)
 
 
-def length_coefficient(ratios: np.ndarray) -> float:
-    """b that maximises the likelihood of sigmoid(b * ratio) being 1 for every pair."""
-    fit = scipy.optimize.minimize_scalar(lambda b: -scipy.special.log_expit(b * ratios).mean(), bounds=(-10, 10))
-    return float(fit.x)
+def rearranged(text: str, other: str, generator: np.random.Generator) -> str:
+    """The text with its sentences in another order, or with a third of them taken from another text."""
+    sentences, gaps = SENTENCE_GAP.split(text), [*SENTENCE_GAP.findall(text), ""]
+    if generator.random() < 0.5:
+        sentences = generator.permutation(np.array(sentences, dtype=object)).tolist()
+    else:
+        for place in generator.choice(len(sentences), -(-len(sentences) // 3), replace=False):
+            sentences[place] = generator.choice(np.array(SENTENCE_GAP.split(other), dtype=object))
+    return "".join(sentence + gap for sentence, gap in zip(sentences, gaps, strict=True))
 
 
-def balanced(ratios: np.ndarray, seed: int) -> np.ndarray:
-    """Indices of as many pairs with a longer as with a shorter chosen answer, in ascending order."""
-    longer, others = np.flatnonzero(ratios > 0), np.flatnonzero(ratios <= 0)
-    size = min(len(longer), len(others))
-    draw = np.random.default_rng(seed).choice
-    return np.sort(np.concatenate([draw(side, size, replace=False) for side in (longer, others)]))
+def broken_copies(pairs: dict[str, list], share: float, generator: np.random.Generator) -> dict[str, list]:
+    """As `negatives.mismatched_pairs`, and as many pairs whose rejected answer is a broken copy of the chosen one."""
+    mismatched, drawn = (mismatched_pairs(pairs, share, generator) for _ in range(2))
+    made: dict[str, list] = {name: list(column) for name, column in mismatched.items()}
+    for index, (chosen, other) in enumerate(zip(drawn["chosen"], drawn["rejected"], strict=True)):
+        text = response_text(chosen)
+        ways = [other_digits(text, generator), rearranged(text, response_text(other), generator)]
+        ways = [way for way in ways if way.strip() != text.strip()]
+        if ways:
+            copy = [{"role": "assistant", "content": str(generator.choice(np.array(ways, dtype=object)))}]
+            row = {name: column[index] for name, column in drawn.items()} | {"rejected": copy}
+            for name, value in row.items():
+                made[name].append(value)
+    return made
+
+
+# --- open_cuts
+
+
+def assemble_open(prompt: list[int], response: list[int], closing: list[int], max_length: int, halve: bool) -> Encoded:
+    """As `conversations._assemble`, without what closes an answer where it was cut."""
+    closed = assemble(prompt, response, closing, max_length, halve)
+    return assemble(prompt, response, [], max_length, halve) if closed.response_cut else closed
+
+
+assemble = conversations._assemble  # whatever takes its place
 
 
 def recut(pairs: Dataset, model: str, max_length: int) -> Dataset:
@@ -80,37 +95,75 @@ def recut(pairs: Dataset, model: str, max_length: int) -> Dataset:
     return pairs
 
 
-class LanguageModelTrainer(reward_training.PairTrainer):
-    """Adds the language-model loss on the chosen conversations; the head is the embedding, as in SmolLM2."""
+# --- variants of the trainer
 
-    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
-        if model.training:
-            rows = len(inputs["input_ids"]) // 2  # the first half are the chosen ones
-            ids, mask = inputs["input_ids"][:rows], inputs["attention_mask"][:rows]
-            hidden = model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state[:, :-1]
-            kept = mask[:, 1:].bool()
-            logits = torch.nn.functional.linear(hidden[kept], model.model.embed_tokens.weight)
-            loss = loss + LM_WEIGHT * torch.nn.functional.cross_entropy(logits.float(), ids[:, 1:][kept])
+
+class GroupedPairs(reward_training.PairTrainer):
+    """Prompts in random order, each with all of its pairs."""
+
+    def _get_train_sampler(self, dataset: Dataset | None = None) -> list[int]:
+        _, prompt = np.unique([prompt_key(each) for each in self.train_dataset["prompt"]], return_inverse=True)
+        generator = np.random.default_rng(self.args.seed)
+        order = generator.permutation(prompt.max() + 1)[prompt]
+        return np.lexsort((generator.random(len(order)), order)).tolist()
+
+
+class ScaledRatings(reward_training.PairTrainer):
+    """The loss of a pair is multiplied by its rating gap over the mean gap of the training pairs."""
+
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        collate = self.data_collator
+
+        def collate_with_gaps(examples):
+            gaps = [each["chosen_rating"] - each["rejected_rating"] for each in examples]
+            return {**collate(examples), "gap": torch.tensor(gaps)}
+
+        self.data_collator = collate_with_gaps
+        gap = rating_gaps(self.train_dataset)
+        self.mean_gap = float(gap.mean())
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        weight = inputs.pop("gap") / self.mean_gap
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        chosen, rejected = outputs.logits.squeeze(-1).chunk(2)
+        each = torch.nn.functional.logsigmoid(chosen - rejected - inputs.get("margin", 0.0))
+        loss = loss + ((1 - weight) * each).mean()  # the mean of the plain ones becomes that of the weighted ones
         return (loss, outputs) if return_outputs else loss
 
 
-def vary(variant: str, pairs: Dataset, seed: int, model: str, max_length: int) -> Dataset:
-    """The training pairs of a variant."""
-    if variant == "rating_margin":
-        return pairs.add_column("margin", rating_gaps(pairs))
-    if variant == "no_near_ties":
-        return pairs.select(np.flatnonzero(rating_gaps(pairs) > NEAR_TIE + 1e-6))
-    if variant == "length_balanced":
-        return pairs.select(balanced(log_length_ratios(pairs), seed))
-    if variant == "length_expert":
-        ratios = log_length_ratios(pairs)
-        coefficient = length_coefficient(ratios)
-        print(f"length coefficient {coefficient:.3f}")
-        return pairs.add_column("margin", -coefficient * ratios)
-    if variant in PROMPT_SHARES:
-        return recut(pairs, model, max_length)
-    return pairs
+class MeanWeights(TrainerCallback):
+    """Puts the mean of the weights over the last updates in place of the last ones."""
+
+    total: dict[str, torch.Tensor] | None = None
+    count = 0
+
+    @torch.no_grad()
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step > AVERAGED_FROM * state.max_steps:
+            weights = dict(model.named_parameters())
+            self.total = self.total or {name: torch.zeros_like(each) for name, each in weights.items()}
+            self.count += 1
+            for name, each in weights.items():
+                self.total[name] += each
+                if state.global_step == state.max_steps:
+                    each.copy_(self.total[name] / self.count)
+
+
+class MeanTrainer(reward_training.PairTrainer):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        self.add_callback(MeanWeights())
+
+
+TRAINERS = {"grouped_pairs": GroupedPairs, "scaled_ratings": ScaledRatings, "mean_weights": MeanTrainer}
+
+
+def rating_gaps(pairs: Dataset) -> np.ndarray:
+    chosen, rejected = (np.array(pairs[f"{side}_rating"], dtype=float) for side in ("chosen", "rejected"))
+    if np.isnan(chosen - rejected).any():
+        raise InputError("this variant needs ratings for all training pairs, as HelpSteer2 has them")
+    return chosen - rejected
 
 
 def main() -> None:
@@ -121,26 +174,19 @@ def main() -> None:
     options = script["parse_options"]()
     if options.streaming:
         raise InputError("variants.py needs prepared data (--data); a variant does not go with --streaming")
-    if variant == "lm_loss" and getattr(options, "use_peft", False):
-        raise InputError("lm_loss does not go with --use_peft")
 
     # The script looks these up in the rooms, so it takes what is put there.
-    conversations.PROMPT_SHARE = PROMPT_SHARES.get(variant, conversations.PROMPT_SHARE)
-    if variant == "large_head":
-        models.HEAD_SCALE = 1.0
-    if variant == "lm_loss":
-        reward_training.PairTrainer = LanguageModelTrainer
-        prefix_sharing.share_prefixes = lambda model: False  # its loss is on whole conversations
+    reward_training.PairTrainer = TRAINERS.get(variant, reward_training.PairTrainer)
+    if variant == "broken_copies":
+        processed.mismatched_pairs = broken_copies
+    if variant == "open_cuts":
+        conversations._assemble = assemble_open
     load = processed.load_processed
 
     def load_varied(directory: str):
         splits, metadata = load(directory)
-        drawn = splits["train"].select(draw(len(splits["train"]), options.max_train_samples, options.seed))
-        splits["train"] = vary(variant, drawn, options.seed, options.model, metadata["max_length"])
-        if not len(splits["train"]):
-            raise InputError(f"{variant} leaves no training pair")
-        if variant in PROMPT_SHARES:
-            splits["validation"] = recut(splits["validation"], options.model, metadata["max_length"])
+        if variant == "open_cuts":
+            splits = {name: recut(each, options.model, metadata["max_length"]) for name, each in splits.items()}
         # Other data than those of the directory: no run may take a checkpoint of one for its own.
         identity = {name: f"{metadata[name]}, variant {variant}" for name in ("digest", "source")}
         return splits, {**metadata, **identity}

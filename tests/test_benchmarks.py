@@ -1,9 +1,12 @@
 """The quality benchmarks: the usual recipe, variants, and comparisons of runs."""
 
 import importlib.util
+import itertools
 import json
 import math
+import re
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pandas
@@ -11,8 +14,8 @@ import pytest
 import scipy.special
 import torch
 from conftest import make_pairs, parse, run_main
-from datasets import Dataset
 from test_pair_metrics import random_columns
+from test_reward_training import make_trainer
 from transformers import AutoTokenizer
 
 from benchmarks import (
@@ -23,14 +26,12 @@ from benchmarks import (
     naive_recipe,
     ngram_model,
     reinforce_speed,
-    remove_length,
     variants,
 )
 from reward_pipeline import (
     cards,
     conversations,
     models,
-    prefix_sharing,
     reinforce,
     reward_training,
     rollouts,
@@ -84,11 +85,15 @@ def test_every_part_of_the_recipe_is_ours(small_tokenizer, prepared):
 # --- variants --------------------------------------------------------------------------------------------------------
 
 
+def answer(text: str) -> list[dict]:
+    return [{"role": "assistant", "content": text}]
+
+
 @pytest.fixture
 def rooms(monkeypatch):
     """Sets back what a variant replaces, at the end and when it is called."""
-    replaced = [(conversations, "PROMPT_SHARE"), (models, "HEAD_SCALE"), (reward_training, "PairTrainer")]
-    replaced += [(prefix_sharing, "share_prefixes"), (processed_room, "load_processed")]
+    replaced = [(conversations, "_assemble"), (reward_training, "PairTrainer")]
+    replaced += [(processed_room, "mismatched_pairs"), (processed_room, "load_processed")]
     own = [(room, name, getattr(room, name)) for room, name in replaced]
 
     def set_back():
@@ -99,42 +104,54 @@ def rooms(monkeypatch):
     return set_back
 
 
-def answer(text: str) -> list[dict]:
-    return [{"role": "assistant", "content": text}]
+def test_broken_copies_keep_the_form_and_not_the_content():
+    generator = np.random.default_rng(0)
+    assert re.fullmatch(r"[^1][^2]\.[^0] km, [^7]", variants.other_digits("12.0 km, 7", generator))
+    text, other = "One is. Two is!\nThree is? Four", "Five. Six."
+    ways = {variants.rearranged(text, other, generator) for _ in range(60)}
+    own = ["One is.", "Two is!", "Three is?", "Four"]
+    for way in ways:
+        sentences = re.fullmatch(r"(.*?[.!?]|Four) (.*?[.!?]|Four)\n(.*?[.!?]|Four) (.*)", way).groups()
+        foreign = [each for each in sentences if each in ("Five.", "Six.")]
+        assert sorted(sentences) == sorted(own) or (len(foreign) == 2 and set(sentences) - set(foreign) < set(own))
+    pairs = {
+        "prompt": [[{"role": "user", "content": f"prompt {number}"}] for number in range(40)],
+        "chosen": [answer(f"It is {number}. It was {number}. Good.") for number in range(40)],
+        "rejected": [answer("Poor. Bad. Wrong.") for _ in range(40)],
+        "place": [f"row {number}" for number in range(40)],
+    }
+    made = variants.broken_copies(pairs, 0.5, np.random.default_rng(0))
+    assert {name: len(column) for name, column in made.items()} == dict.fromkeys(pairs, 40)
+    for chosen, rejected in zip(made["chosen"][20:], made["rejected"][20:], strict=True):
+        assert len(chosen[0]["content"].split()) - 2 <= len(rejected[0]["content"].split()) and chosen != rejected
 
 
-def test_variants_change_the_training_pairs(prepared):
-    pairs = Dataset.from_list(
-        [
-            {
-                "chosen": answer("x" * size),
-                "rejected": answer("y" * 10),
-                "chosen_rating": 2.0,
-                "rejected_rating": rating,
-            }
-            for size, rating in [(20, 1.6), (20, 1.0), (20, 0.0), (5, 1.8)]
-        ]
-    )
-
-    def vary(name):
-        return variants.vary(name, pairs, 0, "", 64)
-
-    assert vary("rating_margin")["margin"] == pytest.approx([0.4, 1.0, 2.0, 0.2])
-    assert vary("no_near_ties")["rejected_rating"] == [1.0, 0.0]
-    assert sorted(len(turns[0]["content"]) for turns in vary("length_balanced")["chosen"]) == [5, 20]
-    # Three of four pairs have the longer answer chosen, by the same ratio of 2: sigmoid(b log 2) = 3 / 4.
-    coefficient = math.log(3) / math.log(2)
-    assert vary("length_expert")["margin"][:1] == pytest.approx([-coefficient * math.log(2)], abs=1e-4)
-
-    unrated, _ = load_processed(str(prepared))
-    with pytest.raises(InputError, match="needs ratings"):
-        variants.vary("rating_margin", unrated["train"], 0, "", 64)
+def test_an_open_cut_has_no_end_and_what_fits_is_as_ever():
+    prompt, closing = [1, 2, 3], [9]
+    assert variants.assemble_open(prompt, [5] * 4, closing, 8, False).ids == [1, 2, 3, 5, 5, 5, 5, 9]
+    cut = variants.assemble_open(prompt, [5, 6, 7, 8, 5, 6], closing, 8, False)
+    assert (cut.ids, cut.response_cut) == ([1, 2, 3, 5, 6, 7, 8, 5], True)
+    assert len(variants.assemble_open([1] * 9, [5] * 9, closing, 8, False).ids) == 8
 
 
-def test_a_variant_trains_other_weights_and_is_other_data(monkeypatch, tiny_model, tmp_path, train, rooms, write_jsonl):
-    # Prompts of more than a quarter of the 64 tokens and less than half, and answers that do not fit.
-    longer = [{**pair, **{side: pair[side] * 5 for side in ("chosen", "rejected")}} for pair in make_pairs(40)]
-    flags = ["--source", write_jsonl(longer), "--model", tiny_model, "--output", tmp_path / "long"]
+def flags_of(train, tmp_path, *more) -> list[str]:
+    flags = train.arguments(tmp_path / "out", "--eval_strategy", "no", "--save_strategy", "no", *more)
+    return [*flags, "--load_best_model_at_end", "false"]
+
+
+def test_a_variant_trains_other_weights_and_is_other_data(monkeypatch, tmp_path, train, rooms, write_jsonl, tiny_model):
+    # Several pairs a prompt, answers that do not fit into 64 tokens, ratings.
+    rated = {"chosen_rating": 3.0, "category": ""}
+    pairs = [
+        {
+            "prompt": f"Say something, {number // 4}.",
+            **{side: (pair[side] + f" {number}. ") * 9 for side in ("chosen", "rejected")},
+            **rated,
+            "rejected_rating": number % 3,
+        }
+        for number, pair in enumerate(make_pairs(40))
+    ]
+    flags = ["--source", write_jsonl(pairs), "--model", tiny_model, "--output", tmp_path / "long"]
     run_main("load_helpsteer_dataset", monkeypatch, *flags, "--max_length", "64")
 
     def keep_weights(trainer, *rest):
@@ -143,26 +160,75 @@ def test_a_variant_trains_other_weights_and_is_other_data(monkeypatch, tiny_mode
 
     trained = []
     monkeypatch.setattr(reward_training, "save_trained", keep_weights)
-    flags = train.arguments(tmp_path / "out", "--data", tmp_path / "long", "--eval_strategy", "no")
-    flags += ["--save_strategy", "no", "--load_best_model_at_end", "false", "--max_steps", "1"]
+    more = (
+        "--data",
+        str(tmp_path / "long"),
+        "--max_steps",
+        "6",
+        "--learning_rate",
+        "1e-3",
+        "--mismatched_share",
+        "0.5",
+    )
+    flags = flags_of(train, tmp_path, *more)
     with pytest.raises(measure.Over):
         measure.run("train_reward_model", *flags)
-    for variant in ("length_expert", "large_head", "lm_loss", "prompt_quarter"):
+    for variant in variants.VARIANTS:
         rooms()
         monkeypatch.setattr("sys.argv", ["variants.py", variant, *flags])
         with pytest.raises(measure.Over):
             variants.main()
         _, metadata = processed_room.load_processed(str(tmp_path / "long"))
         assert all(metadata[name].endswith(f", variant {variant}") for name in ("digest", "source"))
-        assert any(not torch.equal(each, trained[-1][name]) for name, each in trained[0].items())
+        for number, run in enumerate(trained[:-1]):  # the plain training and the variants before
+            differs = any(not torch.equal(each, trained[-1][name]) for name, each in run.items())
+            assert differs, (variant, number)
 
-    # No prompt here is long enough to be cut at three quarters.
-    pairs = load_processed(str(tmp_path / "long"))[0]["validation"]
-    for share, same in ((0.75, True), (0.25, False)):
-        monkeypatch.setattr(conversations, "PROMPT_SHARE", share)
-        recut = variants.recut(pairs, tiny_model, 64)
-        assert recut.features.keys() == pairs.features.keys() and max(map(len, recut["chosen_ids"])) == 64
-        assert (list(recut["chosen_ids"]) == list(pairs["chosen_ids"])) == same
+
+def test_grouped_pairs_come_prompt_by_prompt(monkeypatch, tmp_path, train, rooms, tiny_model, write_jsonl):
+    pairs = [{**pair, "prompt": f"Say {number // 4}."} for number, pair in enumerate(make_pairs(40))]
+    flags = ["--source", write_jsonl(pairs), "--model", tiny_model, "--output", tmp_path / "grouped"]
+    run_main("load_helpsteer_dataset", monkeypatch, *flags, "--max_length", "64")
+
+    def look(trainer, **options):
+        order = trainer._get_train_sampler()
+        prompts = [str(trainer.train_dataset[index]["prompt"]) for index in order]
+        assert sorted(order) == list(range(len(trainer.train_dataset)))
+        assert len([*itertools.groupby(prompts)]) == len(set(prompts)) and prompts != sorted(prompts)
+        raise measure.Over
+
+    monkeypatch.setattr(variants.GroupedPairs, "train", look)
+    flags = flags_of(train, tmp_path, "--data", str(tmp_path / "grouped"))
+    monkeypatch.setattr("sys.argv", ["variants.py", "grouped_pairs", *flags])
+    with pytest.raises(measure.Over):
+        variants.main()
+
+
+def test_weights_are_averaged_over_the_last_third():
+    model, callback = torch.nn.Linear(1, 1, bias=False), variants.MeanWeights()
+    for step in range(1, 10):
+        with torch.no_grad():
+            model.weight.fill_(step**2)
+        callback.on_step_end(None, SimpleNamespace(global_step=step, max_steps=9), None, model=model)
+    assert model.weight.item() == pytest.approx((49 + 64 + 81) / 3)
+
+
+def test_a_loss_scaled_by_ratings_by_hand(tiny_model, tmp_path):
+    class Scaled(variants.ScaledRatings):
+        pass
+
+    rated = [{"chosen_rating": 4.0, "rejected_rating": each} for each in (3.0, 1.0)]
+    trainer, rows = make_trainer(tiny_model, tmp_path, make_pairs(2), kind=Scaled, extra=rated)
+    with torch.no_grad():
+        margins = [
+            trainer.model(torch.tensor([row["chosen_ids"]])).logits.item()
+            - trainer.model(torch.tensor([row["rejected_ids"]])).logits.item()
+            for row in rows
+        ]
+        loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(trainer.data_collator(rows)))
+    each = [math.log1p(math.exp(-margin)) for margin in margins]
+    centering = trainer.args.center_rewards_coefficient
+    assert centering and loss.item() == pytest.approx((0.5 * each[0] + 1.5 * each[1]) / 2, abs=2e-3)
 
 
 @pytest.mark.parametrize("variant", variants.VARIANTS)
@@ -170,6 +236,11 @@ def test_variants_refuse_a_stream(variant, monkeypatch, rooms):
     monkeypatch.setattr("sys.argv", ["variants.py", variant, "--streaming", "sample", "--max_steps", "1"])
     with pytest.raises(InputError, match="--streaming"):
         variants.main()
+
+
+def test_unrated_pairs_can_not_be_scaled(prepared):
+    with pytest.raises(InputError, match="needs ratings"):
+        variants.rating_gaps(load_processed(str(prepared))[0]["train"])
 
 
 # --- comparisons of runs ---------------------------------------------------------------------------------------------
@@ -259,81 +330,14 @@ def test_rewards_that_are_all_text_are_named(tmp_path):
         compare_runs.read_columns(str(tmp_path))
 
 
-# --- rewards without length ------------------------------------------------------------------------------------------
-
-
-def with_length_term(slope: float):
-    """Columns whose rewards are noise plus `slope` times log(characters), and the noise."""
-    columns = random_columns()
-    noise = {side: columns[f"{side}_reward"] for side in remove_length.SIDES}
-    for side in remove_length.SIDES:
-        columns[f"{side}_reward"] = noise[side] + slope * np.log(columns[f"{side}_length"])
-    return columns, noise
-
-
-def test_the_term_is_taken_out_again():
-    columns, noise = with_length_term(50.0)
-    margins = noise["chosen"] - noise["rejected"]
-    corrected = remove_length.without_length(columns)
-    found = corrected["chosen_reward"] - corrected["rejected_reward"]
-    # What is left of the slope is what noise and length have in common by chance.
-    assert np.corrcoef(found, margins)[0, 1] > 0.95
-    assert np.corrcoef(columns["chosen_reward"] - columns["rejected_reward"], margins)[0, 1] < 0.7
-
-
-def test_no_pair_is_judged_by_a_term_fitted_to_it():
-    columns, _ = with_length_term(2.0)
-    first = remove_length.halves(columns["prompt_key"])
-    assert 0.2 < first.mean() < 0.8
-    changed = {**columns, "chosen_reward": np.where(first, columns["chosen_reward"] * 3, columns["chosen_reward"])}
-    before, after = remove_length.without_length(columns), remove_length.without_length(changed)
-    difference = after["rejected_reward"] - before["rejected_reward"]
-    assert not difference[first].any() and difference[~first].all()
-
-
-def test_the_halves_share_no_prompt():
-    keys = np.repeat(np.arange(50), 3)
-    first = remove_length.halves(keys)
-    assert not set(keys[first]) & set(keys[~first]) and first.sum() == 75
-
-
-def test_the_result_is_a_run_to_compare(tmp_path, monkeypatch):
-    columns, _ = with_length_term(2.0)
-    write_run(columns, tmp_path / "run")
-    run_main("benchmarks/remove_length", monkeypatch, tmp_path / "run", tmp_path / "corrected")
-    corrected = compare_runs.read_columns(str(tmp_path / "corrected"))
-    expected = remove_length.without_length(columns)
-    assert corrected["chosen_reward"] == pytest.approx(expected["chosen_reward"], abs=1e-9)
-    assert (corrected["prompt_key"] == columns["prompt_key"]).all()
-
-
-def test_a_reward_that_is_no_number_is_named(tmp_path, monkeypatch):
-    columns = random_columns()
-    columns["rejected_reward"][3] = np.nan  # an empty cell of the file
-    (tmp_path / "run").mkdir()
-    pandas.DataFrame(columns).to_csv(tmp_path / "run" / "rewards.csv", index=False)
-    with pytest.raises(SystemExit) as ended:
-        run_main("benchmarks/remove_length", monkeypatch, tmp_path / "run", tmp_path / "corrected")
-    assert "rewards.csv, line 5: rejected_reward is ''" in ended.value.code and "\n" not in ended.value.code
-    assert not (tmp_path / "corrected").exists()
-
-
-def test_one_prompt_can_not_be_halved(tmp_path, monkeypatch):
-    columns = {**random_columns(), "prompt_key": np.zeros(400, dtype=int)}
-    write_run(columns, tmp_path / "run")
-    with pytest.raises(SystemExit) as ended:
-        run_main("benchmarks/remove_length", monkeypatch, tmp_path / "run", tmp_path / "corrected")
-    assert "one prompt" in str(ended.value.code) and not (tmp_path / "corrected").exists()
-
-
 # --- pairs held out --------------------------------------------------------------------------------------------------
 
 
-def hold(monkeypatch, tiny_model, directory, *sources, share="0.2"):
+def hold(monkeypatch, tiny_model, directory, *sources, share="0.2", more=()):
     """Run the script; returns both files."""
     files = directory / "train.jsonl", directory / "validation.jsonl"
     flags = ["--train", files[0], "--validation", files[1], "--model", tiny_model, "--validation_share", share]
-    run_main("benchmarks/hold_out", monkeypatch, *sources, *flags)
+    run_main("benchmarks/hold_out", monkeypatch, *sources, *flags, *more)
     return files
 
 
@@ -367,6 +371,19 @@ def test_a_line_has_what_is_known(monkeypatch, tiny_model, tmp_path, write_jsonl
         }
         for pair in make_pairs(5)
     ]
+
+
+def test_prompts_held_out_of_another_set_are_not_trained_on(monkeypatch, tiny_model, tmp_path, write_jsonl):
+    source, other = write_jsonl(make_pairs(20)), write_jsonl([*make_pairs(7), *make_pairs(30)[25:]], "other.jsonl")
+    whole = [file.read_text().splitlines() for file in hold(monkeypatch, tiny_model, tmp_path, source)]
+    sides = hold(monkeypatch, tiny_model, tmp_path, source, more=("--unseen", other))
+    train, validation = (file.read_text().splitlines() for file in sides)
+    unseen = {pair["prompt"] for pair in make_pairs(7)}
+    assert validation == whole[1]
+    assert train == [line for line in whole[0] if json.loads(line)["prompt"][0]["content"] not in unseen] != whole[0]
+    with pytest.raises(SystemExit) as ended:
+        hold(monkeypatch, tiny_model, tmp_path, source, more=("--unseen", source))
+    assert "--unseen: has the prompts of all training pairs" in ended.value.code
 
 
 def test_no_source_is_replaced(monkeypatch, tiny_model, tmp_path, write_jsonl):

@@ -12,7 +12,7 @@ from reward_pipeline.pair_metrics import pair_metrics
 SETTINGS = {
     "base_model": "hub HuggingFaceTB/SmolLM2-135M-Instruct, revision 0a1b",
     **{"max_eval_samples": 400, "use_peft": True, "learning_rate": 5e-5, "num_train_epochs": 1, "seed": 42},
-    "center_rewards_coefficient": 0.01,
+    **{"center_rewards_coefficient": 0.01, "mismatched_share": 0.15},
 }
 METADATA = {"source": "hub esfrankel17/HelpSteer2_binarized, average_rating_split, revision 2c3d", "max_length": 256}
 TRAINING = {"candidates": 3, "train_pairs": 32, "updates": 4, "pairs_per_update": 8, "train_seconds": 5.0}
@@ -66,6 +66,17 @@ def test_the_hub_reads_where_a_reward_model_comes_from_and_how_good_it_is(tmp_pa
     assert "of the same length | 0.500 (–, n = 2) |" in card.text
     assert "by LoRA, merged" in card.text and "![margins](plots/margins.png)" in card.text
     assert "Reads 256 tokens. A conversation that fits is never cut" in card.text
+
+
+def test_a_card_tells_the_reward_with_the_form_term_from_the_one_without(tmp_path):
+    plain = reward_card(tmp_path).text
+    assert "form term" not in plain and "0.15 a pair" in plain
+    whole = pair_metrics(scored([2.0, 1.0, 0.0], [1.0, 0.0, 1.0], form_margin=[1.0, 1.0, 1.0])) | {"ece": 0.0123}
+    card = reward_card(tmp_path, METRICS | {"with_form": whole}).text
+    assert "| **with the form term:** accuracy | **0.667** (" in card
+    assert "| gain over the form model | -0.333 (" in card
+    assert "| expected calibration error, Brier score | 0.012, " in card
+    assert "This is the reward **without** the form term" in card and 'RewardModelEvaluator(".", form=True)' in card
 
 
 def test_a_card_compares_with_the_authors_where_they_are_known(tmp_path):

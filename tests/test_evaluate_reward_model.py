@@ -83,6 +83,14 @@ def test_a_model_that_knows_its_form_model_is_compared_with_it(
     evaluate(monkeypatch, tmp_path / "without", "--model", tiny_reward_model, "--pairs", source)
     assert "form model" not in capsys.readouterr().out
 
+    term = {"form_model": {"exclamations": 100.0}, "form_term": True}  # what the reward says is nothing beside it
+    (model / "config.json").write_text(json.dumps(config | term))
+    figures = evaluate(monkeypatch, tmp_path / "with", "--model", model, "--pairs", source)["total"]
+    with (tmp_path / "with" / "rewards.csv").open(newline="") as file:
+        right = [float(line["chosen_reward"]) > float(line["rejected_reward"]) for line in csv.DictReader(file)]
+    assert figures["with_form"]["accuracy"] == pytest.approx((9 + sum(right[9:])) / 12, abs=1e-4)
+    assert f"{figures['with_form']['accuracy']:.3f} (" in capsys.readouterr().out.split("with the form term", 1)[1]
+
 
 def test_several_models_are_an_ensemble(
     monkeypatch, tiny_reward_model, other_reward_model, write_jsonl, tmp_path, capsys

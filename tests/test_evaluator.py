@@ -250,6 +250,32 @@ def test_normalised_rewards_are_in_standard_deviations(other_reward_model, tiny_
         RewardModelEvaluator([other_reward_model, tiny_reward_model], normalize=True)
 
 
+@pytest.fixture
+def with_form_term(other_reward_model, tmp_path) -> str:
+    """A reward model as a training with the form term leaves it."""
+    model = shutil.copytree(other_reward_model, tmp_path / "with_form_term")
+    config = json.loads((model / "config.json").read_text())
+    config |= {"form_model": {"exclamations": 2.0}, "form_term": True}
+    config |= {"reward_with_form_mean": 3.0, "reward_with_form_std": 0.5}
+    (model / "config.json").write_text(json.dumps(config))
+    return str(model)
+
+
+def test_there_is_one_reward_with_the_form_term_and_one_without(with_form_term, other_reward_model, tiny_reward_model):
+    prompts, answers = ["Hi", "Hi", "Bye"], ["Hello!", "Hello", "So long!!"]
+    plain = RewardModelEvaluator(other_reward_model, device="cpu").get_reward_scores(prompts, answers)
+    assert RewardModelEvaluator(with_form_term, device="cpu").get_reward_scores(prompts, answers) == plain
+    terms = [2 * math.log(2), 0.0, 2 * math.log(3)]  # log(1 + number of exclamation marks)
+    whole = RewardModelEvaluator(with_form_term, device="cpu", form=True).get_reward_scores(prompts, answers)
+    assert whole == pytest.approx(np.add(plain, terms), abs=1e-6)
+    normal = RewardModelEvaluator(with_form_term, device="cpu", form=True, normalize=True)
+    assert normal.get_reward_scores(prompts, answers) == pytest.approx((np.array(whole) - 3) / 0.5, abs=1e-6)
+    both = RewardModelEvaluator([with_form_term, with_form_term], device="cpu", form=True)
+    assert both.get_reward_scores(prompts, answers) == pytest.approx(whole, abs=1e-6)
+    with pytest.raises(InputError, match="was trained without the form term, so no form=True"):
+        RewardModelEvaluator([with_form_term, tiny_reward_model], form=True)
+
+
 def test_an_evaluator_needs_a_directory():
     with pytest.raises(ValueError, match="names no directory"):
         RewardModelEvaluator([])

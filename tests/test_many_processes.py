@@ -60,6 +60,8 @@ run_script(main)
 TRAINING = [
     *("--bf16", "false", "--optim", "sgd", "--learning_rate", "0.5", "--disable_tqdm", "true"),
     *("--logging_steps", "1", "--eval_steps", "2", "--save_steps", "2"),
+    # Then 32 pairs are 4 whole updates: one that is not whole is divided unevenly.
+    *("--mismatched_share", "0"),
 ]
 
 

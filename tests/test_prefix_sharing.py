@@ -100,6 +100,15 @@ def test_shared_prefixes_change_neither_rewards_nor_gradients(kind):
     assert tokens == [(1, DISTINCT)]
 
 
+def test_the_margins_of_a_batch_leave_prefixes_shared():
+    model = new_model()
+    assert_same_rewards_and_gradients(model, **batch(), margin=torch.tensor([0.5]))
+    shared = sharing(model)
+    tokens = count_tokens(shared)
+    rewards(shared, **batch(), margin=torch.tensor([0.5]))
+    assert tokens == [(1, DISTINCT)]
+
+
 def test_padding_on_the_left_is_left_out_too():
     model = new_model()
     assert_same_rewards_and_gradients(model, **batch(left=True))

@@ -160,9 +160,9 @@ def test_another_split_of_the_same_pairs_is_other_data():
 # --- streams ---------------------------------------------------------------------------------------------------------
 
 
-def stream(source: str, model: str, share: float = 0.2) -> tuple[dict, dict]:
+def stream(source: str, model: str, share: float = 0.2, mismatched: float = 0.0) -> tuple[dict, dict]:
     return processed.stream_processed(
-        source, None, ModelSource(model, "tiny"), max_length=64, validation_pairs=2, validation_share=share, seed=42
+        source, None, ModelSource(model, "tiny"), 64, 2, validation_share=share, mismatched_share=mismatched, seed=42
     )
 
 
@@ -201,6 +201,42 @@ def test_a_stream_of_ids_is_endless_and_leaves_out_what_teaches_nothing(write_js
     first = drawn[0][: len(known)]
     assert sorted(first) == sorted(known) and first != known
     assert {drawn[0].count(ids) for ids in known} == {3}
+
+
+def test_a_stream_has_answers_to_other_prompts_among_its_pairs(write_jsonl, tiny_model, small_tokenizer):
+    source = write_jsonl(make_pairs(40))
+    pairs = [
+        tuple(tuple(encode(small_tokenizer, pair["prompt"], pair[side], 64)) for side in ("chosen", "rejected"))
+        for pair in processed.stream_pairs(source, None, small_tokenizer, 0.2, 42, validation=False)
+    ]
+    extra = round(0.5 * len(pairs))
+    rows = list(stream(source, tiny_model, mismatched=0.5)[0]["train"].take(len(pairs) + extra))
+    seen = [(tuple(row["chosen_ids"]), tuple(row["rejected_ids"])) for row in rows]
+    assert set(pairs) < set(seen)
+    made = [row for row, ids in zip(rows, seen, strict=True) if ids not in pairs]
+    assert len(made) == extra
+    for row in made:
+        assert tuple(row["chosen_ids"]) in {chosen for chosen, _ in pairs}
+        assert tuple(row["rejected_ids"]) not in {rejected for _, rejected in pairs}
+        assert ", with the answer of " in row["place"]
+
+
+def test_mismatched_pairs_are_tokenised_as_all_others(tiny_model, prepared, small_tokenizer):
+    train = processed.load_processed(str(prepared))[0]["train"]
+    max_length = json.loads((prepared / "metadata.json").read_text())["max_length"]
+    files = set(prepared.iterdir())
+    made, again = (processed.mismatched_ids(train, 0.5, small_tokenizer, max_length, seed) for seed in (1, 1))
+    assert made.features == train.features and made[:] == again[:]
+    assert len(made) == round(0.5 * len(train))
+    known = {json.dumps(row["prompt"]): row for row in train}
+    for row in made:
+        own = known[json.dumps(row["prompt"])]
+        assert (row["chosen"], row["chosen_ids"]) == (own["chosen"], own["chosen_ids"])
+        assert row["rejected"] not in (own["chosen"], own["rejected"])
+        assert row["rejected_ids"] == encode(small_tokenizer, row["prompt"], row["rejected"], max_length)
+    assert processed.mismatched_ids(train, 0.5, small_tokenizer, max_length, 2)[:] != made[:]
+    assert len(processed.mismatched_ids(train, 0.0, small_tokenizer, max_length, 1)) == 0
+    assert set(prepared.iterdir()) == files  # nothing is left beside the data
 
 
 def test_a_changed_source_or_share_is_another_stream(write_jsonl, tiny_model):

@@ -25,18 +25,18 @@ def config_of(*arguments) -> RewardConfig:
     return RewardConfig(**fields_given(REWARD_CONFIG, given) | fixed | {"remove_unused_columns": False})
 
 
-def make_trainer(tiny_model, tmp_path, pairs, **options):
-    """A PairTrainer over texts, and its model and rows of ids."""
+def make_trainer(tiny_model, tmp_path, pairs, kind=reward_training.PairTrainer, extra=None, **options):
+    """A PairTrainer over texts, and its rows of ids; `extra` are further columns of the rows."""
     tokenizer = load_tokenizer(tiny_model)
     rows = [
-        {f"{side}_ids": encode(tokenizer, pair["prompt"], pair[side], 64) for side in ("chosen", "rejected")}
-        for pair in pairs
+        {f"{side}_ids": encode(tokenizer, pair["prompt"], pair[side], 64) for side in ("chosen", "rejected")} | more
+        for pair, more in zip(pairs, extra or [{}] * len(pairs), strict=True)
     ]
     config = config_of("--output_dir", tmp_path)
     for name, value in {"save_strategy": "no", "load_best_model_at_end": False, **options}.items():
         setattr(config, name, value)
     model = load_reward_model(tiny_model, tokenizer.pad_token_id, config.seed)
-    return reward_training.PairTrainer(
+    return kind(
         model=model, args=config, train_dataset=Dataset.from_list(rows), eval_dataset=Dataset.from_list(rows),
         processing_class=tokenizer, compute_metrics=reward_training.pair_accuracy,
     ), rows  # fmt: skip
@@ -73,6 +73,43 @@ def test_evaluation_counts_every_pair_once_and_ties_half(tiny_model, tmp_path):
         ]
     expected = (sum(margin > 0 for margin in margins[:-1]) + 0.5) / 11
     assert trainer.evaluate()["eval_accuracy"] == pytest.approx(expected)
+
+
+def test_the_form_term_is_a_part_of_the_loss_and_of_the_accuracy_alone(tiny_model, tmp_path):
+    pairs = [
+        {**pair, "rejected": pair["rejected"] + "!" * 9 * (number % 2)} for number, pair in enumerate(make_pairs(6))
+    ]
+    trainer, rows = make_trainer(tiny_model, tmp_path, pairs, center_rewards_coefficient=None)
+    texts = [
+        {side: [{"role": "assistant", "content": pair[side]}] for side in ("chosen", "rejected")} for pair in pairs
+    ]
+    weights = {"exclamations": 5.0, "log_words": -0.5}
+    dataset = reward_training.with_form_term(
+        Dataset.from_list([row | text for row, text in zip(rows, texts, strict=True)]), weights
+    )
+    form = [
+        5.0 * (math.log1p(pair["chosen"].count("!")) - math.log1p(pair["rejected"].count("!")))
+        - 0.5 * (math.log1p(len(pair["chosen"].split())) - math.log1p(len(pair["rejected"].split())))
+        for pair in pairs
+    ]  # fmt: skip
+    with torch.no_grad():
+        trainer.model.score.weight.normal_(std=0.5, generator=torch.Generator().manual_seed(2))
+        margins = [
+            trainer.model(torch.tensor([row["chosen_ids"]])).logits.item()
+            - trainer.model(torch.tensor([row["rejected_ids"]])).logits.item()
+            for row in rows
+        ]
+        batch = trainer._prepare_inputs(
+            trainer.data_collator(list(dataset.select_columns(["chosen_ids", "rejected_ids", "margin"])))
+        )
+        loss = trainer.compute_loss(trainer.model.train(), batch)
+    sums = [one + other for one, other in zip(margins, form, strict=True)]
+    assert loss.item() == pytest.approx(sum(math.log1p(math.exp(-each)) for each in sums) / 6, abs=1e-5)
+    right = sum(each > 0 for each in sums) / 6
+    assert right != sum(each > 0 for each in margins) / 6
+    assert trainer._metrics["train"]["accuracy"] == [pytest.approx(right)]
+    trainer.eval_dataset = dataset.remove_columns(["chosen", "rejected"])
+    assert trainer.evaluate(trainer.eval_dataset)["eval_accuracy"] == pytest.approx(right)
 
 
 def test_a_tiny_model_overfits_eight_pairs(tiny_model, tmp_path):

@@ -167,7 +167,7 @@ def test_a_lower_loss_and_a_higher_accuracy_are_better():
 
 
 def test_a_run_leaves_everything_promised(train, processed, tiny_model, capsys, plots):
-    output = train("--learning_rate", "1e-2", "--num_train_epochs", "4")
+    output = train("--learning_rate", "1e-2", "--num_train_epochs", "4", "--mismatched_share", "0.15")
     out = capsys.readouterr().out
     metrics = json.loads((output / "metrics.json").read_text())
     validation = load_from_disk(processed)["validation"]
@@ -192,7 +192,13 @@ def test_a_run_leaves_everything_promised(train, processed, tiny_model, capsys, 
     assert config["reward_mean"] == pytest.approx(sum(flat) / 16, abs=0.02)
     assert (config["pad_token_id"], config["reward_max_length"], config["problem_type"]) == (0, 64, "regression")
     prepared = json.loads((Path(processed) / "metadata.json").read_text())
-    assert config["form_model"] == prepared["form_model"]
+    assert config["form_model"] == prepared["form_model"] and config["form_term"] is True
+    whole = RewardModelEvaluator(str(output), mixed_precision=True, form=True)
+    sums = [[whole.get_reward_score(row["prompt"], row[side]) for row in validation] for side in ("chosen", "rejected")]
+    right = sum(chosen > rejected for chosen, rejected in zip(*sums, strict=True))
+    assert metrics["with_form"]["accuracy"] == right / 8 and f"; with the form term {right / 8:.3f} (" in out
+    assert config["reward_with_form_mean"] == pytest.approx(sum(map(sum, sums)) / 16, abs=0.02)
+    assert metrics["train_pairs"] == 37  # 32 and 15 % of them with the answer to another prompt
     assert metrics["form_wins"] == pytest.approx(prepared["form_wins"]["validation"])
     settings = json.loads((output / "settings.json").read_text())
     assert (settings["learning_rate"], settings["base_model"]) == (0.01, f"local directory {tiny_model}")
@@ -211,6 +217,24 @@ def test_a_run_leaves_everything_promised(train, processed, tiny_model, capsys, 
     flip_a_bit(output / "model.safetensors")
     with pytest.raises(InputError, match=r"model\.safetensors: damaged"):
         RewardModelEvaluator(str(output))
+
+
+def test_without_form_term_and_mismatched_answers_the_pairs_alone_are_learned(train, monkeypatch):
+    seen, real = [], reward_training.RewardTrainer.compute_loss
+
+    def look(trainer, model, inputs, **options):
+        seen.append((len(inputs["input_ids"]) // 2, "margin" in inputs, trainer.model.training))
+        return real(trainer, model, inputs, **options)
+
+    monkeypatch.setattr(reward_training.RewardTrainer, "compute_loss", look)
+    output = train("--form_term", "false")
+    assert sum(pairs for pairs, _, training in seen if training) == 32
+    assert not any(margin for _, margin, _ in seen)
+    config = json.loads((output / "config.json").read_text())
+    assert config["form_term"] is False and config["form_model"]  # as the baseline
+    assert json.loads((output / "metrics.json").read_text())["with_form"] is None
+    with pytest.raises(InputError, match="without the form term"):
+        RewardModelEvaluator(str(output), form=True)
 
 
 def test_the_weights_saved_are_those_computed_with(train):
@@ -781,6 +805,7 @@ def test_a_lora_model_is_merged_and_scores_as_before_saving(train, processed, mo
     assert evaluator.max_length == 64
     config = json.loads((output / "config.json").read_text())
     assert all(config[name] == prepared[name] for name in ("form_model", "author_strengths"))
+    assert config["form_term"] is True
     settings = json.loads((output / "settings.json").read_text())
     assert settings["use_peft"] is True and settings["lora_r"] == 4
     assert "by LoRA, merged" in (output / "README.md").read_text()
