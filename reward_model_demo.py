@@ -23,6 +23,7 @@ from reward_pipeline.settings import Parser, boolean, filled_text, readable_text
 # ---------------------------------------------------------------------------------------------------------------------
 MODEL = "./reward_model_output"  # directory of the trained reward model
 MIXED_PRECISION = False  # True: faster where the hardware has bf16, and rewards move by some 0.01
+FORM = False  # True: with the form term of the training, which says best what people prefer in pairs like its own
 # what the demonstration ranks: answers to one prompt, a dialogue being the prompt of its last answer
 COMPARISONS: list[tuple[Prompt, list[str]]] = [
     (
@@ -65,6 +66,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.flag("file", None, filled_text, "JSONL file to score")
     parser.flag("output", None, filled_text, "JSON file for the result (JSONL with --file)")
     parser.flag("mixed_precision", MIXED_PRECISION, boolean, "compute in bf16 where the hardware has it")
+    parser.flag("form", FORM, boolean, "rewards with the form term of the training")
     options = parser.parse_args(arguments)
     if (options.prompt is None) != (options.responses is None):
         parser.error("--prompt and --responses: go together")
@@ -91,7 +93,7 @@ def main() -> None:
     from reward_pipeline.evaluator import RewardModelEvaluator, check_templates
     from reward_pipeline.file_scoring import score_file
 
-    evaluator = RewardModelEvaluator(options.model, mixed_precision=options.mixed_precision)
+    evaluator = RewardModelEvaluator(options.model, mixed_precision=options.mixed_precision, form=options.form)
 
     # --- every line of a file
     if options.file:
