@@ -51,6 +51,9 @@ def report(results: dict[str, Any]) -> str:
     def accuracy(figures: dict[str, Any]) -> str:
         return f"{number(figures['accuracy'])} ({span(figures['accuracy_interval'])})"
 
+    def sure(figures: dict[str, Any]) -> tuple[float, float]:
+        return figures["ece"], figures["brier"]
+
     header = ["pairs", "n", "accuracy (95 %)", "longer wins", "gain over it (95 %)", "shorter chosen", "ECE", "Brier"]
     sources = {**results["files"], "total": results["total"]} if len(results["files"]) > 1 else results["files"]
     rows = [
@@ -61,8 +64,7 @@ def report(results: dict[str, Any]) -> str:
             number(each["longer_wins"]),
             gain(each, "longer_wins"),
             f"{number(each['shorter_chosen_accuracy'])} (n = {each['shorter_chosen_n']:,})",
-            number((each["with_form"] or each)["ece"]),
-            number((each["with_form"] or each)["brier"]),
+            *map(number, sure(each)),
         ]
         for name, each in sources.items()
     ]
@@ -86,9 +88,13 @@ def report(results: dict[str, Any]) -> str:
         parts.append(tabulate(rows, header, disable_numparse=True))
     # The rewards above are the model's alone; a training with the form term has a second one.
     whole = {name: each["with_form"] for name, each in sources.items() if each["with_form"]}
-    rows = [[name, accuracy(each), gain(each, "longer_wins"), gain(each, "form")] for name, each in whole.items()]
+    rows = [
+        [name, accuracy(each), *(gain(each, other) for other in ("longer_wins", "form")), *map(number, sure(each))]
+        for name, each in whole.items()
+    ]
     if rows:
-        header = ["with the form term", "accuracy (95 %)", "gain over longer wins (95 %)", "gain over form (95 %)"]
+        gains = ("gain over longer wins (95 %)", "gain over form (95 %)")
+        header = ["with the form term", "accuracy (95 %)", *gains, "ECE", "Brier"]
         parts.append(tabulate(rows, header, disable_numparse=True))
     # Whether it needs the prompt for what it does.
     header = ["pairs", "prompts shuffled among the pairs", "lost by it (95 %)", "own answer against another prompt's"]

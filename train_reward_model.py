@@ -142,7 +142,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.flag("max_train_samples", MAX_TRAIN_SAMPLES, or_none(whole(1)), "pairs, drawn at random (default: all)")
     parser.flag("max_eval_samples", MAX_EVAL_SAMPLES, whole(1), "pairs per evaluation during the training")
     parser.flag("mismatched_share", MISMATCHED_SHARE, real(least=0, most=1), "of the pairs, more with another's answer")
-    parser.flag("form_term", FORM_TERM, boolean, "let the reward learn what the form model leaves over")
+    parser.flag("form_term", None, boolean, f"let the reward learn what form leaves over (default: {FORM_TERM})")
     parser.flag("dropout", DROPOUT, real(least=0, below=1), "wherever the model has it; SmolLM2: in attention")
     parser.flag("fresh", False, boolean, "start over instead of resuming")
     parser.constant("stream_max_length", STREAM_MAX_LENGTH, whole(MIN_MAX_LENGTH))
@@ -159,12 +159,14 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
             if given.get(name) is not None:
                 parser.error(f"--{name}: needs --streaming; load_helpsteer_dataset.py decides it for prepared data")
         options.data = options.data or DATA
+        options.form_term = FORM_TERM if options.form_term is None else options.form_term
     else:
         if given.get("max_steps", -1) < 0:
             parser.error("--streaming: needs --max_steps, since a stream has no known end")
-        for name in ("data", "train_half", "max_train_samples"):
-            if given[name] is not None:
+        for name in ("data", "train_half", "max_train_samples", "form_term"):
+            if given[name]:
                 parser.error(f"--{name}: needs prepared data, so it does not go with --streaming")
+        options.form_term = False
     if missing := missing_tracker(options.report_to if isinstance(options.report_to, list) else [options.report_to]):
         parser.error(f"--report_to: {missing} is not installed; pip install {missing}")
     if options.load_best_model_at_end and "no" in (options.eval_strategy, options.save_strategy):
@@ -220,18 +222,20 @@ def main() -> None:
     prepared = None if options.streaming else processed.load_processed(options.data)
     base = models.resolve_model(options.model)
     tokenizer = models.load_tokenizer(base.path)
-    form_term = options.form_term and prepared is not None  # nobody has fitted a form model to a stream
     if prepared:
         splits, metadata = prepared
+        # Data of another tokenizer would train without a word, on ids that mean something else.
+        processed.check_tokens(splits["validation"], tokenizer, metadata["max_length"], metadata["tokenizer"])
         # The halves are those of the data's seed, whatever the seed of the training: two judges share no prompt.
         train_pairs = pairs.half_of(reward_training.numbered(splits["train"]), options.train_half, metadata["seed"])
         train_pairs = train_pairs.select(pairs.draw(len(train_pairs), options.max_train_samples, config.seed))
+        # Of these pairs alone: two judges would otherwise have learned from each other's.
+        whole = len(train_pairs) == len(splits["train"])
+        form_model = metadata["form_model"] if whole else processed.fitted_form_model(train_pairs)
         mismatched = processed.mismatched_ids(
             train_pairs, options.mismatched_share, tokenizer, metadata["max_length"], config.seed
         )
         train_pairs = concatenate_datasets([train_pairs, mismatched])
-        if form_term:
-            train_pairs = reward_training.with_form_term(train_pairs, metadata["form_model"])
         updates = reward_training.fit_rhythm(config, len(train_pairs), WARMUP_STEPS)
     else:
         splits, metadata = processed.stream_processed(
@@ -244,14 +248,10 @@ def main() -> None:
             mismatched_share=options.mismatched_share,
             seed=config.seed,
         )
-        train_pairs = splits["train"]
+        train_pairs, form_model = splits["train"], None  # of a stream nobody has seen enough for one
         updates = reward_training.fit_rhythm(config, 0, WARMUP_STEPS)  # --max_steps says how long it is
     eval_pairs = reward_training.numbered(splits["validation"])
     eval_pairs = eval_pairs.select(pairs.draw(len(eval_pairs), options.max_eval_samples, config.seed))
-    if form_term:
-        eval_pairs = reward_training.with_form_term(eval_pairs, metadata["form_model"])
-    # Data of another tokenizer would train without a word, on ids that mean something else.
-    processed.check_tokens(eval_pairs, tokenizer, metadata["max_length"], metadata["tokenizer"])
 
     # --- reward model: the SFT model with a fresh head of one label
     model = models.load_reward_model(base.path, tokenizer.pad_token_id, config.seed, options.dropout)
@@ -261,8 +261,8 @@ def main() -> None:
         raise InputError(f"{data_name}: has up to {metadata['max_length']} tokens, but {options.model} takes {longest}")
     model.config.reward_max_length, model.config.reward_format = metadata["max_length"], models.REWARD_FORMAT
     # The baselines of every later evaluation, and whether form is a part of the reward; a stream has none.
-    model.config.form_model, model.config.author_strengths = map(metadata.get, ("form_model", "author_strengths"))
-    model.config.form_term = form_term
+    model.config.form_model, model.config.author_strengths = form_model, metadata.get("author_strengths")
+    model.config.form_term = options.form_term
     if device.type == "cpu":
         prefix_sharing.share_prefixes(model)  # chosen and rejected have their prompt in common
 
@@ -277,7 +277,9 @@ def main() -> None:
             trainer = reward_training.PairTrainer(
                 model=model,
                 args=config,
-                data_collator=reward_training.place_collator(tokenizer.pad_token_id, config.pad_to_multiple_of),
+                data_collator=reward_training.place_collator(
+                    tokenizer.pad_token_id, config.pad_to_multiple_of, form_model if options.form_term else None
+                ),
                 train_dataset=train_pairs,
                 eval_dataset=eval_pairs,
                 processing_class=tokenizer,
@@ -292,9 +294,7 @@ def main() -> None:
             checkpoints, settings, IGNORED_ON_RESUME, options.fresh, config.resume_from_checkpoint, KEPT_BY_OPTIMIZER
         )
         if first:
-            print(plan(metadata, base.origin, train_pairs, reward_training.pairs_per_update(config), updates))
-            if form_term:
-                print("form term      yes: the reward learns what the form model leaves over")
+            print(plan(settings, metadata, train_pairs, reward_training.pairs_per_update(config), updates))
             if checkpoint:
                 print(f"Resuming from {checkpoint} (--fresh starts over).")
         with stop_requests() as stop_requested:
@@ -327,7 +327,9 @@ def main() -> None:
                 print(report(metrics, output))
 
 
-def plan(metadata: dict[str, Any], base: str, train_pairs: Any, pairs_per_update: int, updates: int) -> str:
+def plan(
+    settings: dict[str, Any], metadata: dict[str, Any], train_pairs: Any, pairs_per_update: int, updates: int
+) -> str:
     """What the run is about to train on."""
     from reward_pipeline.reward_training import tokens_of
 
@@ -336,9 +338,11 @@ def plan(metadata: dict[str, Any], base: str, train_pairs: Any, pairs_per_update
     counted = "" if streamed else f"{len(train_pairs):,} pairs, {tokens_of(train_pairs):,} tokens, "
     return "\n".join(
         [
-            f"base model     {base}",
+            f"base model     {settings['base_model']}",
             f"source         {metadata['source']}",
             f"training on    {'a stream of pairs, ' if streamed else counted}{limit}",
+            f"among them     {settings['mismatched_share']:g} a pair with the answer to another prompt",
+            f"form term      {'yes: the reward learns what form leaves over' if settings['form_term'] else 'no'}",
             f"updates        {updates:,} of {pairs_per_update} pairs",
         ]
     )

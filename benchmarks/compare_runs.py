@@ -27,9 +27,9 @@ from reward_pipeline.settings import Parser, boolean
 from reward_pipeline.statistics import bootstrap_interval, wins
 
 NUMBERS = ("chosen_reward", "rejected_reward", "chosen_length", "rejected_length")
-FORM = ("chosen_form", "rejected_form")  # empty, or not there, where the training had no form term
-MAY_BE_EMPTY = ("rating_gap", "form_margin", "author_margin", *FORM)
-NEEDED = {*NUMBERS, "prompt_key", "category", "rating_gap", "form_margin", "author_margin"}
+MAY_BE_MISSING = ("author_margin", "chosen_form", "rejected_form")  # empty, or of an earlier version
+MAY_BE_EMPTY = ("rating_gap", "form_margin", *MAY_BE_MISSING)
+NEEDED = {*NUMBERS, "prompt_key", "category", "rating_gap", "form_margin"}
 LONGEST_CELL = 2**31 - 1  # characters; the csv module refuses answers of more than 131,072 otherwise
 HEADER = [
     *("run", "n", "accuracy (95 %)", "difference (95 %)", "gain over longer wins (95 %)", "gain over form (95 %)"),
@@ -47,7 +47,7 @@ def read_columns(directory: str) -> Columns:
     try:
         table = pandas.read_csv(
             path,
-            usecols=lambda name: name in {*NEEDED, *FORM},
+            usecols=lambda name: name in {*NEEDED, *MAY_BE_MISSING},
             dtype={"category": str, **dict.fromkeys(MAY_BE_EMPTY, float)},
             keep_default_na=False,
             na_values={name: [""] for name in MAY_BE_EMPTY},
@@ -68,7 +68,8 @@ def read_columns(directory: str) -> Columns:
             raise InputError(
                 f"{path}, line {line_of(path, wrong[0])}: {name} is {value!r}, not a number; evaluate the run again"
             )
-    return {name: table[name].to_numpy() for name in table.columns}
+    unknown = {name: np.full(len(table), np.nan) for name in MAY_BE_MISSING}
+    return unknown | {name: table[name].to_numpy() for name in table.columns}
 
 
 def line_of(path: Path, row: int) -> int:

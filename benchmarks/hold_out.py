@@ -28,12 +28,12 @@ from benchmarks import measure
 from reward_pipeline.files import InputError, json_lines, replace_file
 from reward_pipeline.models import load_tokenizer, resolve_model
 from reward_pipeline.pairs import Tally, prompt_key, split_by_prompt
-from reward_pipeline.processed import make_unique, read_pairs, write_pairs
+from reward_pipeline.processed import PAIR_FEATURES, make_unique, read_pairs, write_pairs
 from reward_pipeline.processes import run_script
 from reward_pipeline.settings import Parser, filled_text, real, seed_number
 from reward_pipeline.sources import SAMPLE_FILE, open_sources
 
-COLUMNS = ("prompt", "chosen", "rejected", "chosen_rating", "rejected_rating", "category")  # of a line, where known
+COLUMNS = [name for name in PAIR_FEATURES if name != "place"]  # of a line, where known
 
 
 def known_values(pair: dict[str, Any]) -> dict[str, Any]:

@@ -137,8 +137,8 @@ def train_and_score(options: argparse.Namespace) -> tuple[Columns, dict[str, Any
         **text_columns(
             processed_pairs(splits, options.data, "validation"),
             options.data,
-            metadata.get("form_model"),
-            metadata.get("author_strengths"),
+            metadata["form_model"],
+            metadata["author_strengths"],
         ),
         "chosen_reward": rewards[: len(validation)],
         "rejected_reward": rewards[len(validation) :],

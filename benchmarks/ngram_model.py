@@ -93,10 +93,8 @@ def main() -> None:
     with evaluation_directory(options.output) as directory:
         chosen, rejected = (answer_features(splits["train"][side]) for side in SIDES)
         weights = fit(chosen - rejected)
-        form_model = metadata.get("form_model")
-        columns = join_columns(
-            [scored(text_columns(pairs, name, form_model), weights) for name, pairs in sources.items()]
-        )
+        fitted = metadata["form_model"], metadata["author_strengths"]
+        columns = join_columns([scored(text_columns(pairs, name, *fitted), weights) for name, pairs in sources.items()])
         metrics = pair_metrics(columns)
         print(metrics_line(metrics))
         write_evaluation(columns, metrics, directory)

@@ -167,7 +167,8 @@ n = {metrics["shuffled_prompt_n"]:,} |
 | accuracy of the own answer against another prompt's of the same length | {number(metrics["own_prompt_accuracy"])} \
 ({span(metrics["own_prompt_interval"])}, n = {metrics["own_prompt_n"]:,}) |
 {form_rows(metrics["with_form"])}\
-| expected calibration error, Brier score | {sure["ece"]:.3f}, {sure["brier"]:.3f} |
+| expected calibration error, Brier score{" (with form)" if metrics["with_form"] else ""} | {sure["ece"]:.3f}, \
+{sure["brier"]:.3f} |
 | mean margin | {metrics["mean_margin"]:.3f} |
 | reward mean, standard deviation | {metrics["reward_mean"]:.3f}, {metrics["reward_std"]:.3f} |
 | rank correlation with length: rewards, margins | {number(metrics["spearman_reward_length"])}, \

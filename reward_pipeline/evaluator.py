@@ -368,8 +368,9 @@ def present_device(name: str | torch.device) -> torch.device:
 def load_member(path: str, device: torch.device, dtype: torch.dtype | None, normalize: bool, form: bool) -> Member:
     """Load one trained reward model, to compute in `dtype`; see `RewardModelEvaluator`."""
     tokenizer, model = load_trained_reward_model(path)
-    if form and not getattr(model.config, "form_term", False):
-        raise InputError(f"{path}: was trained without the form term, so no form=True")
+    form_model = getattr(model.config, "form_model", None) if form else None
+    if form and not (form_model and getattr(model.config, "form_term", False)):
+        raise InputError(f"{path}: was trained without the form term; leave form out, or train with --form_term true")
     mean, std = 0.0, 1.0
     if normalize:
         reward = "reward_with_form" if form else "reward"
@@ -383,7 +384,6 @@ def load_member(path: str, device: torch.device, dtype: torch.dtype | None, norm
     if dtype:
         for layer in inner_linear_layers(model):
             layer.weight.data = layer.weight.to(dtype)  # once, and not by autocast in every batch
-    form_model = model.config.form_model if form else None
     return Member(tokenizer, model.to(device), max_length, mean, std, shares, halve_prompt, form_model)
 
 

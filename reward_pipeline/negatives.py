@@ -25,7 +25,7 @@ def mismatched_pairs(pairs: Mapping[str, list], share: float, generator: np.rand
         share: of the N pairs.
 
     Returns:
-        All columns, of round(share N) pairs; fewer where answers of that length have one prompt, or one text.
+        All columns, of round(share N) pairs without ratings; fewer where answers of a length have one prompt or text.
     """
     count = len(pairs["prompt"])
     answers = [*pairs["chosen"], *pairs["rejected"]]
@@ -41,6 +41,8 @@ def mismatched_pairs(pairs: Mapping[str, list], share: float, generator: np.rand
             other = generator.choice(others)
             place = f"{pairs['place'][index]}, with the answer of {pairs['place'][other % count]}"
             row = {name: column[index] for name, column in pairs.items()}
+            # Ratings are of answers to the own prompt.
+            row |= {name: None for name in ("chosen_rating", "rejected_rating") if name in row}
             for name, value in (row | {"rejected": answers[other], "place": place}).items():
                 made[name].append(value)
     return made

@@ -120,7 +120,7 @@ def score_pairs(
 def form_terms(evaluator: RewardModelEvaluator, responses: Iterable[str]) -> np.ndarray:
     """(N,) what the form term adds to the reward of an answer, of an ensemble the mean; NaN where a member has none."""
     configs, texts = [member.model.config for member in evaluator.members], list(responses)
-    if not all(getattr(config, "form_term", False) for config in configs):
+    if not all(getattr(config, "form_term", False) and config.form_model for config in configs):
         return np.full(len(texts), np.nan)
     return np.mean([form_scores(config.form_model, texts) for config in configs], axis=0)
 

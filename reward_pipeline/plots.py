@@ -25,7 +25,9 @@ def plot_evaluation(columns: Columns, metrics: dict[str, Any], directory: Path) 
     sure = metrics["with_form"] or metrics  # a training with the form term made the sum a probability
     figures = {
         "margins.png": plot_margins(columns, metrics),
-        "reliability.png": plot_reliability(sure["reliability"], sure["ece"]),
+        "reliability.png": plot_reliability(
+            sure["reliability"], sure["ece"], "with form" if metrics["with_form"] else ""
+        ),
         "reward_against_length.png": plot_against_length(columns),
         "accuracy_by_length.png": plot_groups(metrics["by_length"], "length of the longer answer (characters)"),
     }
@@ -61,7 +63,7 @@ def plot_margins(columns: Columns, metrics: dict[str, Any]) -> Figure:
     return figure
 
 
-def plot_reliability(bins: Sequence[dict[str, Any]], ece: float) -> Figure:
+def plot_reliability(bins: Sequence[dict[str, Any]], ece: float, of_what: str = "") -> Figure:
     """Accuracy against confidence with intervals; on the diagonal the model knows how sure it may be."""
     figure = Figure(figsize=(5, 4.5), layout="constrained")
     axes = figure.subplots()
@@ -71,7 +73,7 @@ def plot_reliability(bins: Sequence[dict[str, Any]], ece: float) -> Figure:
     axes.set(
         xlabel="confidence, sigmoid(|margin|)",
         ylabel="accuracy (share of pairs)",
-        title=f"Calibration, ECE {ece:.3f}",
+        title=f"Calibration {of_what}".strip() + f", ECE {ece:.3f}",
     )
     axes.legend()
     return figure

@@ -341,6 +341,17 @@ def stream_processed(
     return splits, metadata
 
 
+def spread_over(split: Dataset) -> Dataset:
+    """At most `FORM_PAIRS` pairs, over all sources alike."""
+    return split.select(np.linspace(0, len(split) - 1, min(len(split), FORM_PAIRS)).astype(int))
+
+
+def fitted_form_model(split: Dataset) -> dict[str, float]:
+    """The form model of training pairs; of many, of `FORM_PAIRS` among them."""
+    answers = spread_over(split.select_columns(["chosen", "rejected"]))
+    return fit_form_model(form_differences(answers["chosen"], answers["rejected"]))
+
+
 def form_statistics(splits: DatasetDict) -> dict[str, Any]:
     """The form model of the training pairs, the strengths of their authors, and the accuracy of either on both splits.
 
@@ -348,8 +359,7 @@ def form_statistics(splits: DatasetDict) -> dict[str, Any]:
     """
     differences, authors = {}, {}
     for name, split in splits.items():
-        spread = np.linspace(0, len(split) - 1, min(len(split), FORM_PAIRS)).astype(int)  # over all sources alike
-        answers = split.select(spread)
+        answers = spread_over(split)
         differences[name] = form_differences(answers["chosen"], answers["rejected"])
         authors[name] = answers["chosen_author"], answers["rejected_author"]
     weights, strengths = fit_form_model(differences["train"]), fit_authors(*authors["train"])

@@ -154,11 +154,23 @@ class PairTrainer(RewardTrainer):
         return best or self.control.should_training_stop
 
 
-def place_collator(pad_token_id: int, pad_to_multiple_of: int | None) -> Callable[[list[dict[str, Any]]], dict]:
-    """TRL's collator, whose batches also say under "place" where their pairs come from."""
+def place_collator(
+    pad_token_id: int, pad_to_multiple_of: int | None, form_model: Mapping[str, float] | None = None
+) -> Callable[[list[dict[str, Any]]], dict]:
+    """TRL's collator, whose batches also say under "place" where their pairs come from.
+
+    Args:
+        form_model: what it makes of a pair becomes minus TRL's margin. The loss is then -log sigmoid(r_chosen -
+            r_rejected + form margin), a product of experts (arXiv 1909.03683) of which only the reward learns, and so
+            learns what form leaves over. None leaves it out.
+    """
     collate = DataCollatorForPreference(pad_token_id, pad_to_multiple_of)
 
     def collate_with_places(examples: list[dict[str, Any]]) -> dict[str, Any]:
+        if form_model:  # here and not beforehand, since for a million pairs it takes minutes
+            answers = ([each[side] for each in examples] for side in ("chosen", "rejected"))
+            margins = form_margins(form_model, form_differences(*answers))
+            examples = [{**each, "margin": -margin} for each, margin in zip(examples, margins, strict=True)]
         # Pairs of a stream have no column `row`.
         places = [f"row {each['row'] + 1} ({each['place']})" if "row" in each else each["place"] for each in examples]
         return {**collate(examples), "place": places}
@@ -353,18 +365,6 @@ def fit_rhythm(config: RewardConfig, pairs: int, usual_warmup: float) -> int:
 def computing_type(config: RewardConfig) -> torch.dtype:
     """What the linear layers are computed in."""
     return torch.bfloat16 if config.bf16 else torch.float16 if config.fp16 else torch.float32
-
-
-def with_form_term(pairs: Dataset, form_model: Mapping[str, float]) -> Dataset:
-    """The pairs with what the form model makes of them as minus TRL's `margin`.
-
-    The loss is then -log sigmoid(r_chosen - r_rejected + form margin): a product of experts (arXiv 1909.03683), of
-    which only the reward learns, and so learns what form leaves over.
-    """
-    answers = pairs.select_columns(["chosen", "rejected"])
-    return pairs.add_column(
-        "margin", -form_margins(form_model, form_differences(answers["chosen"], answers["rejected"]))
-    )
 
 
 def numbered(pairs: Dataset) -> Dataset:

@@ -44,6 +44,7 @@ from reward_pipeline.files import InputError
 from reward_pipeline.form import COUNTS, form_differences, form_margins
 from reward_pipeline.pair_metrics import pair_metrics
 from reward_pipeline.processed import PAIR_FEATURES, load_processed, read_pairs
+from reward_pipeline.statistics import wins
 
 
 @pytest.fixture(autouse=True)
@@ -210,15 +211,14 @@ def test_weights_are_averaged_over_the_last_third():
         with torch.no_grad():
             model.weight.fill_(step**2)
         callback.on_step_end(None, SimpleNamespace(global_step=step, max_steps=9), None, model=model)
-    assert model.weight.item() == pytest.approx((49 + 64 + 81) / 3)
+    assert model.weight.item() == pytest.approx((49 + 64 + 81) / 3)  # of 9 updates, those after 6.3
 
 
 def test_a_loss_scaled_by_ratings_by_hand(tiny_model, tmp_path):
-    class Scaled(variants.ScaledRatings):
-        pass
-
-    rated = [{"chosen_rating": 4.0, "rejected_rating": each} for each in (3.0, 1.0)]
-    trainer, rows = make_trainer(tiny_model, tmp_path, make_pairs(2), kind=Scaled, extra=rated)
+    ratings = [(4.0, 3.0), (4.0, 1.0), (None, None)]  # gaps of 1, 3 and unknown, which counts once
+    rated = [dict(zip(("chosen_rating", "rejected_rating"), each, strict=True)) for each in ratings]
+    options = {"kind": variants.ScaledRatings, "extra": rated, "center_rewards_coefficient": None}
+    trainer, rows = make_trainer(tiny_model, tmp_path, make_pairs(3), **options)
     with torch.no_grad():
         margins = [
             trainer.model(torch.tensor([row["chosen_ids"]])).logits.item()
@@ -227,8 +227,7 @@ def test_a_loss_scaled_by_ratings_by_hand(tiny_model, tmp_path):
         ]
         loss = trainer.compute_loss(trainer.model, trainer._prepare_inputs(trainer.data_collator(rows)))
     each = [math.log1p(math.exp(-margin)) for margin in margins]
-    centering = trainer.args.center_rewards_coefficient
-    assert centering and loss.item() == pytest.approx((0.5 * each[0] + 1.5 * each[1]) / 2, abs=2e-3)
+    assert loss.item() == pytest.approx((0.5 * each[0] + 1.5 * each[1] + each[2]) / 3, abs=1e-6)
 
 
 @pytest.mark.parametrize("variant", variants.VARIANTS)
@@ -238,9 +237,10 @@ def test_variants_refuse_a_stream(variant, monkeypatch, rooms):
         variants.main()
 
 
-def test_unrated_pairs_can_not_be_scaled(prepared):
-    with pytest.raises(InputError, match="needs ratings"):
-        variants.rating_gaps(load_processed(str(prepared))[0]["train"])
+def test_unrated_pairs_can_not_be_scaled(tiny_model, tmp_path):
+    unrated = [{"chosen_rating": None, "rejected_rating": None}] * 2
+    with pytest.raises(InputError, match="needs rated pairs"):
+        make_trainer(tiny_model, tmp_path, make_pairs(2), kind=variants.ScaledRatings, extra=unrated)
 
 
 # --- comparisons of runs ---------------------------------------------------------------------------------------------
@@ -268,9 +268,21 @@ def runs(tmp_path_factory):
 def test_rewards_are_read_as_they_were_written(runs):
     columns, directory = runs
     again = compare_runs.read_columns(str(directory / "first"))
-    assert again.keys() == compare_runs.NEEDED
-    for name, values in again.items():
-        np.testing.assert_array_equal(values, columns["first"][name])
+    assert again.keys() == {*compare_runs.NEEDED, *compare_runs.MAY_BE_MISSING}
+    for name in compare_runs.NEEDED:
+        np.testing.assert_array_equal(again[name], columns["first"][name])
+
+
+def test_runs_are_compared_with_the_form_term_where_they_have_one(runs, tmp_path, monkeypatch, capsys):
+    columns, directory = runs
+    term = {"chosen_form": np.zeros(400), "rejected_form": 100.0 * (np.arange(400) % 4 == 0)}  # wrong in a quarter
+    write_run({**columns["first"], **term}, tmp_path / "whole")
+    run_main("benchmarks/compare_runs", monkeypatch, "--form", "true", directory / "first", tmp_path / "whole")
+    rows = [line.split("|")[3].split()[0] for line in capsys.readouterr().out.splitlines()[2:]]
+    reward = wins(columns["first"]["chosen_reward"], columns["first"]["rejected_reward"])
+    assert rows == [f"{each.mean():.3f}" for each in (reward, reward * (np.arange(400) % 4 != 0))]
+    run_main("benchmarks/compare_runs", monkeypatch, directory / "first", tmp_path / "whole")
+    assert len({line.split("|")[3] for line in capsys.readouterr().out.splitlines()[2:]}) == 1
 
 
 def test_runs_are_compared_pair_by_pair(runs, monkeypatch, capsys):
@@ -296,7 +308,7 @@ def test_a_run_without_rewards_is_named(tmp_path):
     with pytest.raises(InputError, match=r"no readable rewards\.csv"):
         compare_runs.read_columns(str(tmp_path))
     (tmp_path / "rewards.csv").write_text("prompt_key,chosen_reward\n1,0.5\n")
-    with pytest.raises(InputError, match="no column author_margin"):
+    with pytest.raises(InputError, match="no column category"):
         compare_runs.read_columns(str(tmp_path))
 
 
@@ -342,7 +354,7 @@ def hold(monkeypatch, tiny_model, directory, *sources, share="0.2", more=()):
 
 
 def test_the_sides_are_those_of_the_data_script(monkeypatch, tiny_model, tmp_path, write_jsonl):
-    easy = make_pairs(30)
+    easy = [{**pair, "chosen_model": "large", "rejected_model": "small"} for pair in make_pairs(30)]
     swapped = {**easy[0], "chosen": easy[0]["rejected"], "rejected": easy[0]["chosen"]}
     sources = ["sample", write_jsonl([*easy, easy[1], swapped, {"prompt": "no answers"}])]
     monkeypatch.setattr("reward_pipeline.plots.plot_lengths", lambda *rest: None)
@@ -356,6 +368,7 @@ def test_the_sides_are_those_of_the_data_script(monkeypatch, tiny_model, tmp_pat
         for column in PAIR_FEATURES.keys() - {"place"}:
             assert again[column][:] == splits[name][column][:]
         assert {rating is None for rating in again["chosen_rating"]} == {True, False}
+        assert set(again["chosen_author"]) == {"large", ""}
 
 
 def test_a_line_has_what_is_known(monkeypatch, tiny_model, tmp_path, write_jsonl):

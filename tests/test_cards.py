@@ -75,7 +75,7 @@ def test_a_card_tells_the_reward_with_the_form_term_from_the_one_without(tmp_pat
     card = reward_card(tmp_path, METRICS | {"with_form": whole}).text
     assert "| **with the form term:** accuracy | **0.667** (" in card
     assert "| gain over the form model | -0.333 (" in card
-    assert "| expected calibration error, Brier score | 0.012, " in card
+    assert "| expected calibration error, Brier score (with form) | 0.012, " in card
     assert "This is the reward **without** the form term" in card and 'RewardModelEvaluator(".", form=True)' in card
 
 

@@ -272,7 +272,7 @@ def test_there_is_one_reward_with_the_form_term_and_one_without(with_form_term, 
     assert normal.get_reward_scores(prompts, answers) == pytest.approx((np.array(whole) - 3) / 0.5, abs=1e-6)
     both = RewardModelEvaluator([with_form_term, with_form_term], device="cpu", form=True)
     assert both.get_reward_scores(prompts, answers) == pytest.approx(whole, abs=1e-6)
-    with pytest.raises(InputError, match="was trained without the form term, so no form=True"):
+    with pytest.raises(InputError, match="was trained without the form term; leave form out"):
         RewardModelEvaluator([with_form_term, tiny_reward_model], form=True)
 
 

@@ -60,8 +60,8 @@ run_script(main)
 TRAINING = [
     *("--bf16", "false", "--optim", "sgd", "--learning_rate", "0.5", "--disable_tqdm", "true"),
     *("--logging_steps", "1", "--eval_steps", "2", "--save_steps", "2"),
-    # Then 32 pairs are 4 whole updates: one that is not whole is divided unevenly.
-    *("--mismatched_share", "0"),
+    # Then 32 pairs and 8 more are 5 whole updates: one that is not whole is divided unevenly.
+    *("--mismatched_share", "0.25"),
 ]
 
 
@@ -205,7 +205,7 @@ def test_fsdp_trains_as_one_process_and_resumes(runs, tiny_model, tmp_path, monk
     assert logged(sharded, "eval_accuracy") == logged(one, "eval_accuracy")
     whole = weights(sharded)
     assert all(torch.allclose(tensor, whole[name], atol=1e-4) for name, tensor in weights(one).items())
-    shutil.rmtree(sharded / "checkpoints" / "checkpoint-4")
+    shutil.rmtree(sharded / "checkpoints" / "checkpoint-5")
     (sharded / "checkpoints" / "finished").unlink()
     train_sharded(tiny_model, runs.one / "data", sharded, *adam)
     assert all(torch.equal(tensor, whole[name]) for name, tensor in weights(sharded).items())

@@ -60,6 +60,15 @@ def test_the_other_answer_is_among_the_nearest_in_length():
     assert any(len(rejected) < len(chosen) for _, chosen, rejected, _ in rows)
 
 
+def test_ratings_of_other_answers_are_left_out():
+    pairs = columns([("a", "yes a", "no a"), ("b", "yes b", "no b")]) | {
+        "chosen_rating": [4.0] * 2,
+        "category": ["x"] * 2,
+    }
+    drawn = mismatched_pairs(pairs | {"rejected_rating": [1.0] * 2}, 1.0, np.random.default_rng(0))
+    assert drawn["chosen_rating"] == drawn["rejected_rating"] == [None, None] and drawn["category"] == ["x", "x"]
+
+
 def test_rejected_answers_serve_as_well_and_the_seed_decides():
     pairs = [(f"prompt {number}", f"good {number}", f"poor {number}") for number in range(100)]
     rows = made(pairs, 0.5)

@@ -79,19 +79,23 @@ def test_the_form_term_is_a_part_of_the_loss_and_of_the_accuracy_alone(tiny_mode
     pairs = [
         {**pair, "rejected": pair["rejected"] + "!" * 9 * (number % 2)} for number, pair in enumerate(make_pairs(6))
     ]
-    trainer, rows = make_trainer(tiny_model, tmp_path, pairs, center_rewards_coefficient=None)
     texts = [
         {side: [{"role": "assistant", "content": pair[side]}] for side in ("chosen", "rejected")} for pair in pairs
     ]
-    weights = {"exclamations": 5.0, "log_words": -0.5}
-    dataset = reward_training.with_form_term(
-        Dataset.from_list([row | text for row, text in zip(rows, texts, strict=True)]), weights
+    trainer, rows = make_trainer(
+        tiny_model,
+        tmp_path,
+        pairs,
+        extra=[{**text, "place": "here"} for text in texts],
+        center_rewards_coefficient=None,
     )
+    weights = {"exclamations": 5.0, "log_words": -0.5}
+    trainer.data_collator = reward_training.place_collator(trainer.processing_class.pad_token_id, None, weights)
     form = [
         5.0 * (math.log1p(pair["chosen"].count("!")) - math.log1p(pair["rejected"].count("!")))
         - 0.5 * (math.log1p(len(pair["chosen"].split())) - math.log1p(len(pair["rejected"].split())))
         for pair in pairs
-    ]  # fmt: skip
+    ]
     with torch.no_grad():
         trainer.model.score.weight.normal_(std=0.5, generator=torch.Generator().manual_seed(2))
         margins = [
@@ -99,17 +103,13 @@ def test_the_form_term_is_a_part_of_the_loss_and_of_the_accuracy_alone(tiny_mode
             - trainer.model(torch.tensor([row["rejected_ids"]])).logits.item()
             for row in rows
         ]
-        batch = trainer._prepare_inputs(
-            trainer.data_collator(list(dataset.select_columns(["chosen_ids", "rejected_ids", "margin"])))
-        )
-        loss = trainer.compute_loss(trainer.model.train(), batch)
+        loss = trainer.compute_loss(trainer.model.train(), trainer._prepare_inputs(trainer.data_collator(rows)))
     sums = [one + other for one, other in zip(margins, form, strict=True)]
     assert loss.item() == pytest.approx(sum(math.log1p(math.exp(-each)) for each in sums) / 6, abs=1e-5)
     right = sum(each > 0 for each in sums) / 6
     assert right != sum(each > 0 for each in margins) / 6
     assert trainer._metrics["train"]["accuracy"] == [pytest.approx(right)]
-    trainer.eval_dataset = dataset.remove_columns(["chosen", "rejected"])
-    assert trainer.evaluate(trainer.eval_dataset)["eval_accuracy"] == pytest.approx(right)
+    assert trainer.evaluate()["eval_accuracy"] == pytest.approx(right)
 
 
 def test_a_tiny_model_overfits_eight_pairs(tiny_model, tmp_path):

@@ -130,7 +130,8 @@ def test_flags_come_before_constants():
         ["--label_smoothing_factor", "0.3"], ["--save_only_model", "true"], ["--streaming", "x"], ["--split", "x"],
         ["--train_half", "1", "--streaming", "x", "--max_steps", "9"], ["--train_half", "3"],
         ["--data", "y", "--streaming", "x", "--max_steps", "9"], ["--fp16", "--bf16"],
-        ["--max_length", "8", "--streaming", "x", "--max_steps", "9"],
+        ["--max_length", "8", "--streaming", "x", "--max_steps", "9"], ["--mismatched_share", "2"],
+        ["--form_term", "true", "--streaming", "x", "--max_steps", "9"],
     ],
 )  # fmt: skip
 def test_bad_flags_are_one_line(arguments, capsys):
@@ -294,6 +295,20 @@ def test_data_of_another_tokenizer_is_refused(train, processed, tmp_path):
         train("--data", tmp_path / "others")
 
 
+def test_the_prepared_data_stays_as_it_is_and_form_is_fitted_to_the_pairs_trained_on(train, processed):
+    files = {path: path.stat().st_mtime_ns for path in Path(processed).rglob("*")}
+    output = train(
+        "--max_train_samples", "16", "--max_eval_samples", "3", "--mismatched_share", "0.5", "--train_half", "1"
+    )
+    assert {path: path.stat().st_mtime_ns for path in Path(processed).rglob("*")} == files
+    config = json.loads((output / "config.json").read_text())
+    prepared = json.loads((Path(processed) / "metadata.json").read_text())
+    assert config["form_model"].keys() == prepared["form_model"].keys()
+    assert config["form_model"] != prepared["form_model"]
+    settings = json.loads((output / "settings.json").read_text())
+    assert (settings["form_term"], settings["mismatched_share"]) == (True, 0.5)
+
+
 def test_samples_are_limited(train):
     output = train("--max_train_samples", "8")
     assert json.loads((output / "metrics.json").read_text())["train_pairs"] == 8
@@ -445,24 +460,24 @@ def test_figures_of_trl_may_choose_the_best(train, metric):
 
 @pytest.mark.parametrize("update", [3, 4])  # between two evaluations, and at one
 def test_an_interrupted_run_ends_as_an_undisturbed_one(train, stop_after, capsys, update):
-    rhythm = ("--num_train_epochs", "2", "--eval_steps", "2", "--save_steps", "2")
+    rhythm = ("--num_train_epochs", "2", "--eval_steps", "2", "--save_steps", "2", "--mismatched_share", "0.25")
     whole = train(*SMALL, *rhythm, output="whole")
     stop_after(update - 1)
     with pytest.raises(SystemExit) as ended:
         train(*SMALL, *rhythm, output="stopped")
     assert ended.value.code == 130
     out = capsys.readouterr().out
-    assert f"Stopped at update {update} of 8, checkpoint saved." in out and "--fresh" in out
+    assert f"Stopped at update {update} of 10, checkpoint saved." in out and "--fresh" in out
     stopped = whole.with_name("stopped")
     assert not (stopped / "config.json").exists()
     stop_after(None)
     train(*SMALL, *rhythm, output="stopped")
     assert "Resuming from" in capsys.readouterr().out
     assert same_weights(whole, stopped)
-    assert same_weights(whole / "checkpoints" / "checkpoint-8", stopped / "checkpoints" / "checkpoint-8")
+    assert same_weights(whole / "checkpoints" / "checkpoint-10", stopped / "checkpoints" / "checkpoint-10")
     logs = [json.loads((output / "training_log.json").read_text()) for output in (whole, stopped)]
     evaluated = [[entry["eval_accuracy"] for entry in log if "eval_accuracy" in entry] for log in logs]
-    assert evaluated[0] == evaluated[1] and len(evaluated[0]) == 4
+    assert evaluated[0] == evaluated[1] and len(evaluated[0]) == 5
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="a forked child may not use the system's libraries there")
@@ -749,6 +764,7 @@ def test_a_stream_trains_and_goes_on_without_prepared_data(train, stop_after, wr
     flags = (*flags, *SMALL, "--eval_steps", "2", "--save_steps", "2")
     whole = train(*flags, output="whole")
     metrics = json.loads((whole / "metrics.json").read_text())
+    assert json.loads((whole / "settings.json").read_text())["form_term"] is False
     assert (metrics["n"], metrics["train_pairs"], metrics["updates"]) == (3, 48, 6)  # 48 of fewer than 30: two passes
     assert metrics["source"] == f"stream of local file {source}"
     assert "stream.jsonl" in (whole / "rewards.csv").read_text()
