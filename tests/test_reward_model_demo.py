@@ -1,6 +1,7 @@
 """The script ranks what it is given, and says in one line what it can not."""
 
 import json
+import math
 import re
 import shutil
 
@@ -73,6 +74,20 @@ def test_a_file_is_scored(monkeypatch, evaluator, tiny_reward_model, write_jsonl
     expected = pytest.approx(evaluator.get_reward_score("Hi", "a"), abs=1e-5)
     assert scored == {"prompt": "Hi", "response": "a", "reward": expected}
     assert "1 rows scored" in capsys.readouterr().out
+
+
+def test_the_form_term_is_added_where_the_training_had_it(monkeypatch, evaluator, tiny_reward_model, tmp_path):
+    flags = ("--prompt", "Hi", "--responses", "a", "b!", "--output", tmp_path / "ranking.json", "--form", "true")
+    with pytest.raises(SystemExit, match=r"error: .*was trained without the form term; leave form out"):
+        run(monkeypatch, tiny_reward_model, *flags)
+    model = shutil.copytree(tiny_reward_model, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"form_model": {"exclamations": 9.0}, "form_term": True}))
+    run(monkeypatch, str(model), *flags)
+    first, second = json.loads((tmp_path / "ranking.json").read_text())["ranking"]
+    assert (first["response"], second["response"]) == ("b!", "a")
+    assert first["reward"] == pytest.approx(evaluator.get_reward_score("Hi", "b!") + 9 * math.log(2), abs=1e-4)
+    assert second["reward"] == pytest.approx(evaluator.get_reward_score("Hi", "a"), abs=1e-4)
 
 
 def test_a_missing_model_is_one_line(monkeypatch, tmp_path):
