@@ -155,6 +155,7 @@ def summary(metadata: dict[str, Any]) -> str:
     form = metadata["form_wins"]
     lines = [
         f"source          {metadata['source']}",
+        *(f"read as         {layout}" for layout in dict.fromkeys(rows["read_as"])),
         f"rows            {rows['read']:,} read, with {rows['pairs']:,} pairs: "
         f"{rows['dropped_total']:,} dropped, {rows['not_drawn']:,} over the limit, {rows['kept']:,} kept",
         *(f"  dropped       {count:,}: {reason}" for reason, count in rows["dropped"].items()),

@@ -28,6 +28,10 @@ CHUNK = 1024  # conversations that are tokenised at once
 MIN_MAX_LENGTH = 32  # tokens; below that a cut prompt could not keep its role headers, some 4 ids on either side
 
 ROLES = ("system", "user", "assistant")
+ROLE_NAMES = {  # under which other tools know the three, in lower case
+    **{role: role for role in ROLES},
+    **{"developer": "system", "human": "user", "gpt": "assistant", "bot": "assistant"},
+}
 # A marker alone on its line, as HelpSteer2 writes them; one within a line is somebody's text about markers.
 TURN_MARKER = re.compile(r"^[ \t]*<extra_id_\d+>[ \t]*(System|User|Assistant)[ \t]*(?:\r?\n|\Z)", re.MULTILINE)
 STRAY_MARKER = re.compile(r"<extra_id_\d+>")
@@ -267,9 +271,10 @@ def _parse_markers(text: str) -> Messages:
 def _checked_message(message: Any) -> dict[str, str]:
     if not isinstance(message, dict) or not isinstance(message.get("content"), str):
         raise TypeError('a message is {"role": …, "content": …} with a string as content')
-    if message.get("role") not in ROLES:
-        raise ValueError(f"unknown role {message.get('role')!r}; known are {', '.join(ROLES)}")
-    return {"role": message["role"], "content": _clean(message["content"])}
+    role = ROLE_NAMES.get(str(message.get("role")).lower())
+    if role is None:
+        raise ValueError(f"unknown role {message.get('role')!r:.40}; known are {', '.join(ROLES)}")
+    return {"role": role, "content": _clean(message["content"])}
 
 
 def _clean(text: str) -> str:

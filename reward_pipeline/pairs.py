@@ -13,6 +13,7 @@ from datasets import Dataset
 
 from reward_pipeline.conversations import Messages, first_refused, response_text
 from reward_pipeline.files import InputError
+from reward_pipeline.layouts import recognised
 from reward_pipeline.schemas import checked_pairs, stripped_turns
 from reward_pipeline.sources import Row
 
@@ -74,11 +75,15 @@ class Tally:
         self.rows, self.pairs = 0, 0
         self.dropped: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
+        self.read_as: list[str] = []
 
     def count(self, rows: Iterable[Row]) -> Iterator[Row]:
-        """The same rows, counted as they pass."""
+        """The same rows of one source, counted as they pass; the first one that is recognised tells its layout."""
+        layout = None
         for row in rows:
             self.rows += 1
+            if layout is None and (layout := recognised(row.values)):
+                self.read_as.append(f"{layout.name}: {layout.words}")
             yield row
 
     def drop(self, reason: str, location: str) -> None:
@@ -99,6 +104,7 @@ class Tally:
             "dropped_total": self.dropped.total(),
             "dropped": dict(self.dropped),
             "first_dropped": self.examples,
+            "read_as": self.read_as,
         }
 
 

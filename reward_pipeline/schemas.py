@@ -1,4 +1,4 @@
-"""Rows of any published schema become pairs in ours: TRL's conversational preference format with explicit prompt.
+"""Rows with our columns are checked and become pairs: TRL's conversational preference format with explicit prompt.
 
 {
     "prompt": [{"role": "user", "content": "Name a colour."}],
@@ -8,17 +8,16 @@
 }
 """
 
-import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from reward_pipeline.conversations import Messages, parse_prompt, response_text
+from reward_pipeline.layouts import ATTRIBUTES, in_our_columns, number
 from reward_pipeline.settings import readable_text
 from reward_pipeline.sources import BadRow, Row
 
-ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")  # of a raw HelpSteer2 row
 RATING_COLUMNS = {"chosen": ("chosen_rating", "chosen_score"), "rejected": ("rejected_rating", "rejected_score")}
-CATEGORY_COLUMNS = ("category", "subset")  # names under which sources tell what kind of prompt a pair has
+CATEGORY_COLUMNS = ("category", "subset", "domain")  # names under which sources tell what kind of prompt a pair has
 AUTHOR_COLUMNS = {side: (f"{side}_author", f"{side}_model", f"{side}-model") for side in ("chosen", "rejected")}
 
 
@@ -55,8 +54,7 @@ def _same_prompt(first: Row, second: Row) -> bool:
 def _raw_pair(first: Row, second: Row) -> Row:
     try:
         rated = [
-            (sum(_number(row.values.get(name)) for name in ATTRIBUTES) / len(ATTRIBUTES), row)
-            for row in (first, second)
+            (sum(number(row.values.get(name)) for name in ATTRIBUTES) / len(ATTRIBUTES), row) for row in (first, second)
         ]
     except BadRow as error:
         return first._replace(problem=str(error))
@@ -89,10 +87,12 @@ def check_pair(row: dict[str, Any]) -> dict[str, Any]:
     for column in ("chosen", "rejected"):
         if column not in row:
             raise BadRow(f"missing column {column}")
+        if row[column] is None:
+            raise BadRow("null")
     if "prompt" not in row and not isinstance(row["chosen"], list):
         raise BadRow("missing column prompt")
     prompt = row["prompt"] if "prompt" in row else row["chosen"][:-1]
-    if prompt is None or row["chosen"] is None or row["rejected"] is None:
+    if prompt is None:
         raise BadRow("null")
     try:
         messages = _unpacked(prompt)
@@ -110,6 +110,7 @@ def check_pair(row: dict[str, Any]) -> dict[str, Any]:
         raise BadRow("tied ratings")
     elif chosen_rating < rejected_rating:
         raise BadRow("rating says the rejected is better")
+    _check_margin(row.get("margin"))
     chosen_author, rejected_author = (_label(row, AUTHOR_COLUMNS[side]) for side in ("chosen", "rejected"))
     if not (chosen_author and rejected_author):
         chosen_author = rejected_author = ""
@@ -127,7 +128,7 @@ def check_pair(row: dict[str, Any]) -> dict[str, Any]:
 
 def checked_pairs(rows: Iterable[Row]) -> Iterator[tuple[Row, dict[str, Any] | None, str | None]]:
     """Rows of any schema, each with the pair that it holds, or with the reason why it holds none."""
-    for row in join_raw_rows(rows):
+    for row in join_raw_rows(in_our_columns(rows)):
         try:
             yield row, None if row.problem else check_pair(row.values), row.problem
         except BadRow as error:
@@ -164,17 +165,13 @@ def stripped_turns(messages: Messages) -> list[tuple[str, str]]:
 
 def _rating(row: dict[str, Any], side: str) -> float | None:
     values = [row[name] for name in RATING_COLUMNS[side] if row.get(name) not in (None, "")]
-    return _number(values[0]) if values else None
+    return number(values[0]) if values else None
 
 
-def _number(value: Any) -> float:
-    try:
-        number = math.nan if isinstance(value, bool) else float(value)  # True is no rating, though float takes it
-    except (TypeError, ValueError, OverflowError):  # the last one: an integer with more digits than a float has
-        number = math.nan
-    if not math.isfinite(number):
-        raise BadRow("rating is not a number")
-    return number
+def _check_margin(margin: Any) -> None:
+    """By how much the chosen one is better; of other scales than ratings, so its sign alone is read."""
+    if margin not in (None, "") and (difference := number(margin, "margin")) <= 0:
+        raise BadRow("margin says the rejected is better" if difference else "tie")
 
 
 def category_of(row: dict[str, Any]) -> str:

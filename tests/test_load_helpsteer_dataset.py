@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 from reward_pipeline import files, processed, schemas
 from reward_pipeline.conversations import encode
 from reward_pipeline.form import fit_form_model, form_differences, form_margins
+from reward_pipeline.layouts import ATTRIBUTES
 from reward_pipeline.pairs import pair_keys
-from reward_pipeline.schemas import ATTRIBUTES
 
 SCRIPT = "load_helpsteer_dataset"
 COLUMNS = [
@@ -99,6 +99,7 @@ def test_every_row_is_kept_or_counted_by_its_reason(run):
     assert metadata["splits"] == {"train": 18, "validation": 5}
     assert metadata["source"] == " + ".join(f"local file {path}" for path in run["sources"])
     assert "contradicting pair" in run["printed"]
+    assert run["printed"].count("read as         TRL, explicit prompt: a prompt and two answers\n") == 1
     assert "36 read, with 31 pairs: 8 dropped, 0 over the limit, 23 kept" in run["printed"]
 
 

@@ -7,8 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reward_pipeline.conversations import response_text
+from reward_pipeline.layouts import ATTRIBUTES, LAYOUTS
 from reward_pipeline.pairs import pair_keys
-from reward_pipeline.schemas import ATTRIBUTES, category_of, check_pair, checked_pairs, join_raw_rows
+from reward_pipeline.schemas import category_of, check_pair, checked_pairs, join_raw_rows
 from reward_pipeline.sources import BadRow, Row
 
 
@@ -76,6 +77,9 @@ def test_multi_turn_prompts_become_turns():
         ({"chosen_rating": True, "rejected_rating": 0}, "rating is not a number"),
         ({"chosen_rating": 1, "rejected_rating": 1.2}, "rating says the rejected is better"),
         ({"chosen_rating": 2, "rejected_rating": 2.0}, "tied ratings"),
+        ({"margin": -0.5}, "margin says the rejected is better"),
+        ({"margin": "0"}, "tie"),
+        ({"margin": [1]}, "margin is not a number"),
     ],
 )
 def test_bad_rows_are_named(change, reason):
@@ -135,6 +139,7 @@ MESSAGES = st.lists(
     st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]) | JSON, "content": TEXTS | JSON}),
     max_size=3,
 )
+ANSWERS = st.sampled_from([["a", "b"], [1, 2], 1, "a", [{"answer": "a", "rank": 1}, {"answer": "b", "rank": 2}]])
 COLUMNS = [
     "prompt",
     "chosen",
@@ -147,11 +152,22 @@ COLUMNS = [
     "chosen_author",
     "rejected-model",
     "other",
+    *(name for layout in LAYOUTS for names in layout.columns for name in names.split("|")),
 ]
 ROWS = st.lists(st.dictionaries(st.sampled_from(COLUMNS), TEXTS | MESSAGES | JSON), max_size=4)
 
 
-@given(rows=ROWS | st.lists(st.just(PAIR) | st.fixed_dictionaries(dict.fromkeys(PAIR, TEXTS | MESSAGES))))
+@given(
+    rows=ROWS
+    | st.lists(st.just(PAIR) | st.fixed_dictionaries(dict.fromkeys(PAIR, TEXTS | MESSAGES)))
+    | st.sampled_from([layout.columns for layout in LAYOUTS]).flatmap(
+        lambda columns: st.lists(
+            st.fixed_dictionaries({names.split("|")[0]: TEXTS | MESSAGES | JSON | ANSWERS for names in columns}),
+            min_size=1,
+            max_size=2,
+        )
+    )
+)
 def test_any_row_is_a_pair_or_has_a_reason(rows):
     results = list(checked_pairs(Row(f"row {number}", row) for number, row in enumerate(rows)))
     for _, pair, reason in results:

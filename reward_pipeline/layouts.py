@@ -1,0 +1,355 @@
+"""Rows as published elsewhere get our columns: one table of layouts, recognised by their columns.
+
+What `schemas.py` reads is `prompt`, `chosen` and `rejected`, or raw rows with one answer each; their texts and messages
+are checked there. Here columns are found, sides are ordered by what the labels say, and rankings are taken apart.
+"""
+
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from reward_pipeline.conversations import Messages
+from reward_pipeline.sources import BadRow, Row
+
+ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")  # of a raw HelpSteer2 row
+PROMPT = "prompt|question|instruction|input|query"
+SPOKEN_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")  # as hh-rlhf and Nectar write dialogues
+SIDE_NAME = re.compile(r"(?:model|answer|response|assistant|option|conversation)?[ _]?([ab])")
+
+Values = dict[str, Any]
+
+
+class Layout(NamedTuple):
+    """One published form of a row."""
+
+    name: str
+    words: str
+    columns: tuple[str, ...]  # that it goes by: all of them, or of names with bars between them one
+    read: Callable[[Values], list[Values]]  # to rows with our columns; raises BadRow
+    fits: Callable[[Values], bool] = lambda row: True  # where other layouts have the same columns
+
+
+def recognised(row: Values) -> Layout | None:
+    """The first layout whose columns the row has."""
+    return next(
+        (
+            layout
+            for layout in LAYOUTS
+            if all(any(name in row for name in names.split("|")) for names in layout.columns) and layout.fits(row)
+        ),
+        None,
+    )
+
+
+def in_our_columns(rows: Iterable[Row]) -> Iterator[Row]:
+    """Rows of any layout as rows of ours, several for a ranking; those of no known layout pass unchanged."""
+    for row in rows:
+        try:
+            for values in [row.values] if row.problem else _read(row.values):
+                yield row._replace(values=values)
+        except BadRow as error:
+            yield row._replace(problem=str(error))
+
+
+def _read(row: Values) -> list[Values]:
+    layout = recognised(row)
+    if layout is None or layout.read is _unchanged:
+        return [row]
+    for names in layout.columns:
+        if _is_empty(_first(row, names)):
+            raise BadRow(f"column {next(name for name in names.split('|') if name in row)} is empty")
+    try:
+        return layout.read(row)
+    except BadRow:
+        raise
+    except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:  # what is in a cell may be anything
+        raise BadRow(f"has the columns of {layout.name}, but not its values") from error
+
+
+def number(value: Any, name: str = "rating") -> float:
+    """A finite number, also from text.
+
+    Raises:
+        BadRow: `name` is not one.
+    """
+    try:
+        found = math.nan if isinstance(value, bool) else float(value)  # True is no rating, though float takes it
+    except (TypeError, ValueError, OverflowError):  # the last one: an integer with more digits than a float has
+        found = math.nan
+    if not math.isfinite(found):
+        raise BadRow(f"{name} is not a number")
+    return found
+
+
+def _is_empty(value: Any) -> bool:
+    return value is None or value == "" or (isinstance(value, float) and math.isnan(value))  # NaN: of pandas
+
+
+def _first(row: Values, names: str) -> Any:
+    return next((row[name] for name in names.split("|") if name in row), None)
+
+
+# --- messages --------------------------------------------------------------------------------------------------------
+
+
+def _messages(value: Any) -> Any:
+    """Messages that say `from` and `value` in the usual words; one alone is a list of one, and text stays text."""
+    if isinstance(value, str):
+        return value
+    return [
+        {
+            **message,
+            "role": message.get("from") if message.get("role") is None else message["role"],
+            "content": message.get("value") if message.get("content") is None else message["content"],
+        }
+        for message in ([value] if isinstance(value, dict) else value)
+    ]
+
+
+def _dialogue(text: str) -> Messages:
+    """Messages of a text in which `Human:` and `Assistant:` open the turns."""
+    first, *rest = SPOKEN_TURN.split(text)
+    if first.strip() or not rest:
+        raise BadRow("text is not a dialogue of Human: and Assistant: turns")
+    return [
+        {"role": role.lower(), "content": content.strip()} for role, content in zip(rest[::2], rest[1::2], strict=True)
+    ]
+
+
+def _prompt_of_dialogue(text: str) -> str | Messages:
+    """As `_dialogue`, without the last `Assistant:`, which only asks for the answer; other text stays as it is."""
+    if not SPOKEN_TURN.match(text):
+        return text
+    messages = _dialogue(text)
+    return messages if messages[-1]["content"] else messages[:-1]
+
+
+# --- labels ----------------------------------------------------------------------------------------------------------
+
+
+def _side_of_sign(row: Values, column: str) -> int:
+    """The better one of two: 0 where the number is negative, 1 where it is positive."""
+    strength = number(row[column], column)
+    if strength == 0:
+        raise BadRow("tie")
+    return int(strength > 0)
+
+
+def _side_of_flag(row: Values, column: str) -> int:
+    if (flag := number(row[column], column)) not in (0, 1):
+        raise BadRow(f"{column} is neither 0 nor 1")
+    return int(flag)
+
+
+def _side_of_name(row: Values, names: str) -> int:
+    said = str(_first(row, names)).strip().lower()
+    if said.startswith("tie") or said in ("both", "neither", "equal", "same", "draw"):
+        raise BadRow("tie")
+    side = SIDE_NAME.fullmatch(said)
+    if side is None:
+        raise BadRow(f"{next(name for name in names.split('|') if name in row)} is neither a, b nor a tie")
+    return "ab".index(side[1])
+
+
+def _pair(row: Values, prompt: Any, answers: Sequence[Any], better: int, authors: Sequence[Any] = (None, None)) -> list:
+    sides = {"chosen": better, "rejected": 1 - better}
+    named = {f"{side}_author": authors[index] for side, index in sides.items() if authors[index] is not None}
+    return [{**row, "prompt": prompt, **{side: answers[index] for side, index in sides.items()}, **named}]
+
+
+def _ranking(row: Values, prompt: Any, ranked: Iterable[tuple[float, Any, Any]], rated: bool = False) -> list[Values]:
+    """Every pair that (score, answer, author) of several answers imply, the higher score the better; ties as pairs too.
+
+    The scores are kept as ratings where they are such, otherwise their difference as the margin: a tie is 0 in it.
+    """
+    ordered = sorted(ranked, key=lambda answer: -answer[0])
+    if len(ordered) < 2:
+        raise BadRow("fewer than two ranked answers")
+    pairs = []
+    for (high, chosen, author), (low, rejected, other) in itertools.combinations(ordered, 2):
+        scores = {"chosen_rating": high, "rejected_rating": low} if rated else {"margin": high - low}
+        pairs += [{**values, **scores} for values in _pair(row, prompt, (chosen, rejected), 0, (author, other))]
+    return pairs
+
+
+# --- one function a layout -------------------------------------------------------------------------------------------
+
+
+def _unchanged(row: Values) -> list[Values]:
+    return [row]
+
+
+def _sides(chosen: str, rejected: str) -> Callable[[Values], list[Values]]:
+    """Reads a layout that differs from ours in names alone."""
+    return lambda row: _pair(row, _first(row, PROMPT), (row[chosen], row[rejected]), 0)
+
+
+def _alpaca(row: Values) -> list[Values]:
+    """As LLaMA-Factory joins them: `history` has earlier turns, [asked, answered] each, and `input` goes below."""
+    asked = "\n".join(text for text in (row["instruction"], row.get("input")) if text)
+    texts = [text for turn in row.get("history") or [] for text in turn] + [asked]
+    turns = [{"role": role, "content": text} for role, text in zip(itertools.cycle(("user", "assistant")), texts)]
+    return _pair(row, turns if len(turns) > 1 else asked, (row["chosen"], row["rejected"]), 0)
+
+
+def _conversation(row: Values) -> list[Values]:
+    asked = _messages(_first(row, "conversations|messages|context"))
+    return _pair(row, asked, (_messages(row["chosen"]), _messages(row["rejected"])), 0)
+
+
+def _hh(row: Values) -> list[Values]:
+    chosen, rejected = (_dialogue(row[side]) for side in ("chosen", "rejected"))
+    return _pair(row, chosen[:-1], (chosen, rejected), 0)
+
+
+def _swift(row: Values) -> list[Values]:
+    messages = _messages(row["messages"])
+    return _pair(row, messages[:-1], (messages[-1:], _messages(_first(row, "rejected_response|rejected_messages"))), 0)
+
+
+def _helpsteer2_preference(row: Values) -> list[Values]:
+    better = _side_of_sign(row, "preference_strength")
+    return _pair(row, row["prompt"], (row["response_1"], row["response_2"]), better)
+
+
+def _helpsteer3(row: Values) -> list[Values]:
+    better = _side_of_sign(row, "overall_preference")
+    return _pair(row, row["context"], (row["response1"], row["response2"]), better)
+
+
+def _pku(row: Values) -> list[Values]:
+    better = _side_of_flag(row, "better_response_id")
+    return _pair(row, row["prompt"], (row["response_0"], row["response_1"]), better)
+
+
+def _shp(row: Values) -> list[Values]:
+    better = 1 - _side_of_flag(row, "labels")  # 1: A is the better one
+    return _pair(row, row["history"], (row["human_ref_A"], row["human_ref_B"]), better)
+
+
+def _nectar(row: Values) -> list[Values]:
+    ranked = [(-number(each["rank"], "rank"), each["answer"], each.get("model")) for each in row["answers"]]
+    return _ranking(row, _prompt_of_dialogue(row["prompt"]), ranked)
+
+
+def _nemo(row: Values) -> list[Values]:
+    ranked = [(-number(each["rank"], "rank"), each["completion"], None) for each in row["completions"]]
+    return _ranking(row, row["context"], ranked)
+
+
+def _arena(row: Values) -> list[Values]:
+    better = _side_of_name(row, "winner")
+    dialogues = [_messages(row["conversation_a"]), _messages(row["conversation_b"])]
+    return _pair(row, dialogues[better][:-1], dialogues, better, (row.get("model_a"), row.get("model_b")))
+
+
+def _rated_answers(row: Values) -> list[Values]:
+    """Answers without a rating are left aside."""
+    answers, ratings = _first(row, "generations|responses"), _first(row, "ratings|rating")
+    models = _first(row, "generation_models|models") or [None] * len(answers)
+    rated = [
+        (number(rating), answer, model)
+        for answer, rating, model in zip(answers, ratings, models, strict=True)
+        if not _is_empty(rating)
+    ]
+    return _ranking(row, _first(row, PROMPT), rated, rated=True)
+
+
+def _labelled(row: Values) -> list[Values]:
+    better = _side_of_name(row, "choice|winner|preferred|preference|label")
+    answers = _first(row, "answer_a|response_a"), _first(row, "answer_b|response_b")
+    return _pair(row, _first(row, PROMPT), answers, better, (row.get("model_a"), row.get("model_b")))
+
+
+LAYOUTS = (
+    Layout("TRL, explicit prompt", "a prompt and two answers", ("prompt", "chosen", "rejected"), _unchanged),
+    Layout(
+        "LLaMA-Factory alpaca",
+        "an instruction, its input, two answers",
+        ("instruction", "chosen", "rejected"),
+        _alpaca,
+    ),
+    Layout("ColossalChat", "turns and two answers", ("context", "chosen", "rejected"), _conversation),
+    Layout(
+        "LLaMA-Factory sharegpt",
+        "turns, and two answers as one message each",
+        ("conversations|messages", "chosen", "rejected"),
+        _conversation,
+        lambda row: isinstance(row["chosen"], dict),
+    ),
+    Layout(
+        "Orca",
+        "a question and two answers",
+        ("question|input|query", "chosen", "rejected"),
+        _sides("chosen", "rejected"),
+    ),
+    Layout(
+        "hh-rlhf",
+        "a dialogue in one string a side",
+        ("chosen", "rejected"),
+        _hh,
+        lambda row: isinstance(row["chosen"], str) and bool(SPOKEN_TURN.match(row["chosen"])),
+    ),
+    Layout(
+        "TRL, implicit prompt",
+        "a message list a side",
+        ("chosen", "rejected"),
+        _unchanged,
+        lambda row: isinstance(row["chosen"], list),
+    ),
+    Layout(
+        "ms-swift", "a conversation and a worse answer", ("messages", "rejected_response|rejected_messages"), _swift
+    ),
+    Layout("pos and neg", "a prompt and two answers", (PROMPT, "pos", "neg"), _sides("pos", "neg")),
+    Layout(
+        "UltraFeedback of Argilla",
+        "a prompt and two answers",
+        (PROMPT, "chosen_response", "rejected_response"),
+        _sides("chosen_response", "rejected_response"),
+    ),
+    Layout(
+        "HelpSteer2-preference",
+        "two answers, below 0 where the first is better",
+        ("prompt", "response_1", "response_2", "preference_strength"),
+        _helpsteer2_preference,
+    ),
+    Layout(
+        "HelpSteer3",
+        "two answers, below 0 where the first is better",
+        ("context", "response1", "response2", "overall_preference"),
+        _helpsteer3,
+    ),
+    Layout(
+        "PKU-SafeRLHF",
+        "two answers and the number of the better one",
+        ("prompt", "response_0", "response_1", "better_response_id"),
+        _pku,
+    ),
+    Layout("SHP", "two answers, 1 where A is better", ("history", "human_ref_A", "human_ref_B", "labels"), _shp),
+    Layout(
+        "Nectar",
+        "answers with ranks, every pair of them",
+        ("prompt", "answers"),
+        _nectar,
+        lambda row: isinstance(row["answers"], list),
+    ),
+    Layout("NeMo-RL", "completions with ranks, every pair of them", ("context", "completions"), _nemo),
+    Layout("Chatbot Arena", "two dialogues and a winner", ("conversation_a", "conversation_b", "winner"), _arena),
+    Layout(
+        "Distilabel",
+        "answers with ratings, every pair of them",
+        (PROMPT, "generations|responses", "ratings|rating"),
+        _rated_answers,
+    ),
+    Layout(
+        "labelled answers",
+        "two answers, and a or b for the better one",
+        (PROMPT, "answer_a|response_a", "answer_b|response_b", "choice|winner|preferred|preference|label"),
+        _labelled,
+    ),
+    Layout(
+        "HelpSteer2", "an answer and five attributes, two rows a pair", ("prompt", "response", *ATTRIBUTES), _unchanged
+    ),
+)

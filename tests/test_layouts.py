@@ -1,0 +1,198 @@
+"""Each published layout gives the pair that its labels mean, and a row without one gives the reason."""
+
+import itertools
+import re
+
+import pytest
+from conftest import PAIR, ROOT, USER
+
+from reward_pipeline.layouts import LAYOUTS, in_our_columns, recognised
+from reward_pipeline.schemas import checked_pairs
+from reward_pipeline.sources import Row
+
+GOOD, BAD = "Red.", "Seven."
+GREETING = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+SPOKEN = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Name a colour.\n\nAssistant:"
+QUESTION = USER["content"]
+SHAREGPT = [
+    {"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Hello!"}, {"from": "human", "value": QUESTION},
+]  # fmt: skip
+
+
+def said(text: str) -> list[dict[str, str]]:
+    return [{"role": "assistant", "content": text}]
+
+
+# Name of the layout, a row of it, whether the prompt has the greeting before it.
+PUBLISHED = [
+    ("TRL, explicit prompt", {"prompt": QUESTION, "chosen": GOOD, "rejected": BAD, "instruction": "x"}, False),
+    ("LLaMA-Factory alpaca", {"instruction": QUESTION, "input": "", "chosen": GOOD, "rejected": BAD}, False),
+    (
+        "LLaMA-Factory alpaca",
+        {"instruction": QUESTION, "history": [["Hi", "Hello!"]], "chosen": GOOD, "rejected": BAD},
+        True,
+    ),
+    (
+        "ColossalChat",
+        {
+            "context": [{"from": "human", "content": QUESTION}],
+            "chosen": {"from": "assistant", "content": GOOD},
+            "rejected": {"from": "assistant", "content": BAD},
+        },
+        False,
+    ),
+    (
+        "LLaMA-Factory sharegpt",
+        {
+            "conversations": SHAREGPT,
+            "chosen": {"from": "gpt", "value": GOOD},
+            "rejected": {"from": "gpt", "value": BAD},
+        },
+        True,
+    ),
+    ("Orca", {"question": QUESTION, "chosen": GOOD, "rejected": BAD}, False),
+    ("hh-rlhf", {"chosen": f"{SPOKEN} {GOOD}", "rejected": f"{SPOKEN} {BAD}"}, True),
+    (
+        "TRL, implicit prompt",
+        {"chosen": [*GREETING, USER, *said(GOOD)], "rejected": [*GREETING, USER, *said(BAD)]},
+        True,
+    ),
+    ("ms-swift", {"messages": [*GREETING, USER, *said(GOOD)], "rejected_response": BAD}, True),
+    ("pos and neg", {"prompt": QUESTION, "pos": GOOD, "neg": BAD}, False),
+    (
+        "UltraFeedback of Argilla",
+        {"instruction": QUESTION, "chosen_response": GOOD, "rejected_response": BAD},
+        False,
+    ),
+    (
+        "HelpSteer2-preference",
+        {"prompt": QUESTION, "response_1": GOOD, "response_2": BAD, "preference_strength": -2},
+        False,
+    ),
+    (
+        "HelpSteer3",
+        {"context": [*GREETING, USER], "response1": BAD, "response2": GOOD, "overall_preference": 1},
+        True,
+    ),
+    (
+        "PKU-SafeRLHF",
+        {"prompt": QUESTION, "response_0": BAD, "response_1": GOOD, "better_response_id": 1, "safer_response_id": 0},
+        False,
+    ),
+    ("SHP", {"history": QUESTION, "human_ref_A": GOOD, "human_ref_B": BAD, "labels": 1}, False),
+    ("SHP", {"history": QUESTION, "human_ref_A": BAD, "human_ref_B": GOOD, "labels": 0}, False),
+    (
+        "Nectar",
+        {"prompt": f"{SPOKEN} ", "answers": [{"answer": BAD, "rank": 2.0}, {"answer": GOOD, "rank": 1.0}]},
+        True,
+    ),
+    (
+        "NeMo-RL",
+        {
+            "context": [USER],
+            "completions": [{"rank": 1, "completion": said(BAD)}, {"rank": 0, "completion": said(GOOD)}],
+        },
+        False,
+    ),
+    (
+        "Chatbot Arena",
+        {
+            "conversation_a": [*GREETING, USER, *said(BAD)],
+            "conversation_b": [*GREETING, USER, *said(GOOD)],
+            "winner": "model_b",
+        },
+        True,
+    ),
+    ("Distilabel", {"instruction": QUESTION, "generations": [BAD, GOOD], "ratings": [1, 4.5]}, False),
+    ("Distilabel", {"prompt": QUESTION, "responses": [GOOD, BAD, "-"], "ratings": [5, 2, None]}, False),
+    ("labelled answers", {"question": QUESTION, "answer_a": BAD, "answer_b": GOOD, "choice": "B"}, False),
+    ("labelled answers", {"prompt": QUESTION, "response_a": GOOD, "response_b": BAD, "label": "response_a"}, False),
+]
+
+
+def outcomes(row):
+    """Pairs and reasons of one row."""
+    return [pair or reason for _, pair, reason in checked_pairs([Row("row 1", row)])]
+
+
+@pytest.mark.parametrize("name, row, greeted", PUBLISHED)
+def test_every_layout_gives_the_pair_that_its_label_means(name, row, greeted):
+    assert recognised(row).name == name
+    (pair,) = outcomes(row)
+    assert pair["prompt"] == [*(GREETING if greeted else []), USER]
+    assert (pair["chosen"], pair["rejected"]) == (said(GOOD), said(BAD))
+
+
+def test_every_layout_is_tried_and_listed():
+    assert {name for name, *_ in PUBLISHED} == {layout.name for layout in LAYOUTS} - {"HelpSteer2"}
+    page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    table = re.search(r"\| read as \| .*\n\|---\|---\|---\|\n((?:\|.*\n)+)", page)[1].splitlines()
+    shown = [
+        f"| {layout.name} | {layout.words} | "
+        + ", ".join(" or ".join(f"`{name}`" for name in names.split("|")) for names in layout.columns)
+        + " |"
+        for layout in LAYOUTS
+    ]
+    assert table == shown
+
+
+@pytest.mark.parametrize(
+    "name, change, reason",
+    [
+        ("HelpSteer2-preference", {"preference_strength": 0}, "tie"),
+        ("HelpSteer2-preference", {"preference_strength": None}, "column preference_strength is empty"),
+        ("HelpSteer3", {"overall_preference": "better"}, "overall_preference is not a number"),
+        ("PKU-SafeRLHF", {"better_response_id": 2}, "better_response_id is neither 0 nor 1"),
+        ("PKU-SafeRLHF", {"response_0": float("nan")}, "column response_0 is empty"),
+        ("SHP", {"labels": ""}, "column labels is empty"),
+        ("Chatbot Arena", {"winner": "tie (bothbad)"}, "tie"),
+        ("Chatbot Arena", {"winner": "model_c"}, "winner is neither a, b nor a tie"),
+        ("Chatbot Arena", {"conversation_a": [USER, *said(BAD)]}, "response repeats another prompt"),
+        ("labelled answers", {"choice": None}, "column choice is empty"),
+        ("hh-rlhf", {"rejected": "Seven."}, "text is not a dialogue of Human: and Assistant: turns"),
+        ("hh-rlhf", {"rejected": "\n\nHuman: Hi\n\nAssistant: No."}, "response repeats another prompt"),
+        ("Nectar", {"answers": [{"answer": GOOD, "rank": 1}]}, "fewer than two ranked answers"),
+        ("Nectar", {"answers": [{"answer": GOOD, "rank": 1}, {"answer": BAD, "rank": 1}]}, "tie"),
+        ("Nectar", {"answers": [GOOD, BAD]}, "has the columns of Nectar, but not its values"),
+        ("Distilabel", {"ratings": [3, 3]}, "tied ratings"),
+        ("Distilabel", {"ratings": [3]}, "has the columns of Distilabel, but not its values"),
+        ("Distilabel", {"ratings": [3, "?"]}, "rating is not a number"),
+        ("LLaMA-Factory alpaca", {"instruction": None}, "column instruction is empty"),
+    ],
+)
+def test_ties_and_missing_labels_have_their_reasons(name, change, reason):
+    row = next(row for other, row, _ in PUBLISHED if other == name)
+    assert outcomes({**row, **change}) == [reason]
+
+
+def test_a_ranking_is_every_pair_that_it_implies():
+    texts = {"a": 2, "b": 1, "c": 3, "d": 3}
+    answers = [{"answer": text, "rank": rank, "model": f"model {text}"} for text, rank in texts.items()]
+    pairs = outcomes({"prompt": "p", "answers": answers})
+    found = [tuple(pair[side][0]["content"] for side in ("chosen", "rejected")) for pair in pairs if pair != "tie"]
+    assert sorted(found) == sorted((x, y) for x, y in itertools.permutations(texts, 2) if texts[x] < texts[y])
+    assert pairs.count("tie") == 1
+    named = [pair for pair in pairs if pair != "tie"]
+    assert all(pair["chosen_author"] == f"model {pair['chosen'][0]['content']}" for pair in named)
+    assert all(pair["rejected_author"] == f"model {pair['rejected'][0]['content']}" for pair in named)
+    assert all(pair["chosen_rating"] is None for pair in named)  # ranks are no ratings
+
+
+def test_ratings_and_authors_go_with_their_answers():
+    row = {"input": "p", "generations": ["a", "b"], "ratings": [1, 4], "generation_models": ["small", "large"]}
+    (pair,) = outcomes(row)
+    assert (pair["chosen_rating"], pair["rejected_rating"]) == (4, 1)
+    assert (pair["chosen_author"], pair["rejected_author"]) == ("large", "small")
+    arena = next(row for name, row, _ in PUBLISHED if name == "Chatbot Arena")
+    (pair,) = outcomes({**arena, "model_a": "small", "model_b": "large", "domain": "colours"})
+    assert (pair["chosen_author"], pair["rejected_author"], pair["category"]) == ("large", "small", "colours")
+
+
+def test_the_input_of_an_instruction_stands_below_it():
+    (pair,) = outcomes({"instruction": "Shorten.", "input": "A red car.", "chosen": "A car.", "rejected": "No."})
+    assert pair["prompt"] == [{"role": "user", "content": "Shorten.\nA red car."}]
+
+
+def test_rows_of_no_known_layout_pass_and_what_could_not_be_read_keeps_its_reason():
+    rows = [Row("row 1", {"text": "x"}), Row("row 2", {}, "not valid JSON"), Row("row 3", PAIR)]
+    assert list(in_our_columns(rows)) == rows
