@@ -228,6 +228,16 @@ class RewardModelEvaluator:
         """(N,) rewards of the ensemble from its members' (M, N)."""
         return scores.mean(axis=0) - self.std_penalty * scores.std(axis=0)
 
+    def reward_function(self, prompts: Sequence[Prompt], completions: Sequence[Response], **kwargs: Any) -> list[float]:
+        """Rewards in the form that TRL's online trainers call: `reward_funcs=[evaluator.reward_function]`.
+
+        Args:
+            prompts: N prompts, strings or message lists; either way they are formatted by the chat template.
+            completions: N answers, strings or message lists (one assistant message, as TRL makes them).
+            kwargs: the data set's other columns and what else TRL passes; not used.
+        """
+        return self.combine(self.get_member_scores(prompts, completions)).tolist()
+
     # --- what scores are good for
 
     def compare_responses(self, prompt: Prompt, responses: Sequence[AnyResponse]) -> list[tuple[AnyResponse, float]]:
