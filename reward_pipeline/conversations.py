@@ -127,6 +127,23 @@ def response_text(response: Response) -> str:
     return message["content"]
 
 
+def dialogue_messages(turns: Iterable[tuple[str, str]] | Messages) -> Messages:
+    """Messages of a whole dialogue, which is a message list already or (user text, answer) pairs.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: unknown role.
+    """
+    given: list[Any] = list(turns)
+    if given and all(isinstance(turn, dict) for turn in given):
+        return [_checked_message(turn) for turn in given]
+    for number, turn in enumerate(given):
+        if not isinstance(turn, tuple | list) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+            raise TypeError(f"turn {number}: a dialogue is a message list or (user text, answer) pairs")
+    roles = ("user", "assistant")
+    return [{"role": role, "content": text} for turn in given for role, text in zip(roles, turn, strict=True)]
+
+
 def encode(
     tokenizer: "PreTrainedTokenizerBase",
     prompt: Prompt,

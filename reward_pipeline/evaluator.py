@@ -9,7 +9,7 @@ Higher is better; only differences between answers to one prompt have a meaning.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, overload
 
@@ -22,6 +22,7 @@ from reward_pipeline.conversations import (
     Messages,
     Prompt,
     Response,
+    dialogue_messages,
     encode_stream,
     first_refused,
     parse_prompt,
@@ -311,20 +312,25 @@ class RewardModelEvaluator:
             "mean_length_b": float(np.mean([response_length(response_text(each)) for each in responses_b])),
         }
 
-    def evaluate_conversation(self, turns: Sequence[tuple[str, str]]) -> list[float]:
+    def evaluate_conversation(self, turns: Iterable[tuple[str, str]] | Messages) -> list[float]:
         """Reward of every answer of a dialogue, each with the turns before it as context.
 
         Args:
-            turns: (user text, answer) in the order of the dialogue; here the texts are taken literally.
+            turns: a message list, whose system turns are context, or (user text, answer) pairs; in the order of the
+                dialogue. Here the texts are taken literally.
+
+        Raises:
+            TypeError: they are neither.
+            ValueError: as `get_reward_scores`; an answer of a message list does not follow a user turn.
         """
-        prompts: list[Messages] = []
-        history: Messages = []
-        turns = list(turns)
-        for prompt, response in turns:
-            history = [*history, {"role": "user", "content": prompt}]
-            prompts.append(history)
-            history = [*history, {"role": "assistant", "content": response}]
-        return self.get_reward_scores(prompts, [response for _, response in turns])
+        messages = dialogue_messages(turns)
+        answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+        for place in answers:
+            if not place or messages[place - 1]["role"] != "user":
+                raise ValueError(f"turn {place}: an answer follows a user turn, and this one does not")
+        return self.get_reward_scores(
+            [messages[:place] for place in answers], [messages[place]["content"] for place in answers]
+        )
 
     # --- how they come about
 

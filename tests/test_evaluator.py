@@ -131,6 +131,48 @@ def test_a_dialogue_is_scored_with_its_context(evaluator):
     assert len(scores) == 3
     assert evaluator.evaluate_conversation([]) == []
     assert evaluator.evaluate_conversation(zip(*zip(*turns, strict=True), strict=True)) == scores
+    dialogue = [*messages, {"role": "assistant", "content": "Fine."}]
+    assert evaluator.evaluate_conversation(dialogue) == pytest.approx(scores[:2], abs=1e-5)
+
+
+def test_a_dialogue_may_be_a_message_list(evaluator):
+    """Every answer is scored with all that stands before it, system turns included; the last turn may be the user's."""
+    system, user, late = (
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        "Answer in verse.",
+    )
+    dialogue = [system, user, {"role": "assistant", "content": "Hello!"}, {"role": "system", "content": late}, user]
+    dialogue += [{"role": "assistant", "content": "Hi, hi."}, user]
+    expected = [
+        evaluator.get_reward_score([system, user], "Hello!"),
+        evaluator.get_reward_score(dialogue[:5], "Hi, hi."),
+    ]
+    assert evaluator.evaluate_conversation(dialogue) == pytest.approx(expected, abs=1e-5)
+    assert evaluator.evaluate_conversation([system, user]) == []
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        ["Hi", "Yo"],
+        "Hi",
+        [("Hi", "Hello!"), {"role": "user", "content": "Bye"}],
+        [("Hi",)],
+        [("Hi", None)],
+        {"role": "user", "content": "Hi"},
+        [("Hi", "Hello!", "Bye")],
+    ],
+)
+def test_what_is_no_dialogue_is_refused(evaluator, turns):
+    with pytest.raises(TypeError, match=r"a dialogue is a message list or \(user text, answer\) pairs"):
+        evaluator.evaluate_conversation(turns)
+
+
+@pytest.mark.parametrize("opening", [[], [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "a"}]])
+def test_an_answer_of_a_dialogue_follows_a_user_turn(evaluator, opening):
+    with pytest.raises(ValueError, match=f"turn {len(opening)}: an answer follows a user turn"):
+        evaluator.evaluate_conversation([*opening, {"role": "assistant", "content": "b"}])
 
 
 def test_max_length_comes_from_training_and_can_be_changed(evaluator):
