@@ -163,7 +163,8 @@ class RewardModelEvaluator:
 
         Args:
             prompts: N prompts, in any form that `get_reward_score` takes.
-            responses: N answers: strings, or message lists that end with the answer.
+            responses: N answers: strings, or message lists that end with the answer. The turns before it are context:
+                they may repeat the prompt, and go on after it.
             batch_size: conversations per forward pass; they are sorted, so that little is padded and, on a CPU, the
                 prompt of several answers is computed once in a batch. Equal conversations are scored once.
             max_length: limit in tokens; by default the one of the training.

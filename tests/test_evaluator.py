@@ -175,6 +175,18 @@ def test_an_answer_of_a_dialogue_follows_a_user_turn(evaluator, opening):
         evaluator.evaluate_conversation([*opening, {"role": "assistant", "content": "b"}])
 
 
+def test_turns_in_a_list_before_the_answer_are_context(evaluator):
+    """As TRL has it for completions of several turns; a list may repeat the prompt."""
+    hello, question = {"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "How are you?"}
+    opening, fine = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Fine."}
+    expected = evaluator.evaluate_conversation([("Hi", "Hello!"), ("How are you?", "Fine.")])[1]
+    completions = [[hello, question, fine], [opening, hello, question, fine], [fine]]
+    scores = evaluator.reward_function(["Hi", "Hi", [opening, hello, question]], completions)
+    assert scores == pytest.approx([expected] * 3, abs=1e-5)
+    with pytest.raises(ValueError, match=r"answers \[user: 'Bye'\], but the prompt is \[user: 'Hi'\]"):
+        evaluator.get_reward_score("Hi", [{"role": "user", "content": "Bye"}, fine])
+
+
 def test_max_length_comes_from_training_and_can_be_changed(evaluator):
     assert evaluator.max_length == 128
     long = "word " * 200
