@@ -26,6 +26,7 @@ if TYPE_CHECKING:  # the library takes seconds to load, and a prompt can be chec
 PROMPT_SHARE = 0.5  # of max_length, that the prompt may use where the whole does not fit
 CHUNK = 1024  # conversations that are tokenised at once
 MIN_MAX_LENGTH = 32  # tokens; below that a cut prompt could not keep its role headers, some 4 ids on either side
+SHOWN = 60  # characters of a turn that a message shows
 
 ROLES = ("system", "user", "assistant")
 ROLE_NAMES = {  # under which other tools know the three, in lower case
@@ -113,7 +114,7 @@ def parse_prompt(prompt: Prompt) -> Messages:
 
 
 def response_text(response: Response) -> str:
-    """Text of the answer: the string itself, or the last message of a list (which may repeat the user turns).
+    """Text of the answer: the string itself, or the last message of a list; for the others see `turns_before_answer`.
 
     Raises:
         TypeError: neither a string nor a list of messages.
@@ -129,6 +130,55 @@ def response_text(response: Response) -> str:
     if message["role"] != "assistant":
         raise ValueError(f"the response must end with an assistant turn, not with {message['role']!r}")
     return message["content"]
+
+
+def turns_before_answer(prompt: Prompt, response: Response) -> Messages:
+    """The turns that an answer was given to: those of the prompt, and those of a message list before its last answer.
+
+    The list may begin with the prompt's turns, which are not doubled, or go on after them with the assistant's.
+
+    Raises:
+        TypeError, ValueError: as `parse_prompt` and `response_text`; the list begins with another prompt, or its last
+            answer does not follow a user turn.
+    """
+    messages = parse_prompt(prompt)
+    response_text(response)
+    earlier = [] if isinstance(response, str) else [_checked_message(message) for message in response[:-1]]
+    if not earlier:
+        return messages
+    # HelpSteer2_binarized packs a whole dialogue, markers included, into one user message.
+    packed = _parse_markers(earlier[0]["content"]) if [each["role"] for each in earlier] == ["user"] else []
+    if stripped_turns(messages) in (stripped_turns(earlier[: len(messages)]), stripped_turns(packed)):
+        rest = earlier[len(messages) :]
+    elif earlier[0]["role"] == "assistant":
+        rest = earlier
+    else:
+        raise ValueError(f"the response answers {_shown(earlier)}, but the prompt is {_shown(messages)}")
+    if rest and rest[-1]["role"] != "user":
+        raise ValueError(f"the last answer of the response must follow a user turn, not {rest[-1]['role']!r}")
+    return [*messages, *rest]
+
+
+def stripped_turns(messages: Messages) -> list[tuple[str, str]]:
+    """Role and text of each turn; two prompts are the same if these are."""
+    return [(message["role"], message["content"].strip()) for message in messages]
+
+
+def dialogue_messages(turns: Iterable[tuple[str, str]] | Messages) -> Messages:
+    """Messages of a whole dialogue, which is a message list already or (user text, answer) pairs.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: unknown role.
+    """
+    given: list[Any] = list(turns)
+    if given and all(isinstance(turn, dict) for turn in given):
+        return [_checked_message(turn) for turn in given]
+    for number, turn in enumerate(given):
+        if not isinstance(turn, tuple | list) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+            raise TypeError(f"turn {number}: a dialogue is a message list or (user text, answer) pairs")
+    roles = ("user", "assistant")
+    return [{"role": role, "content": text} for turn in given for role, text in zip(roles, turn, strict=True)]
 
 
 def encode(
@@ -178,8 +228,9 @@ def encode_batch(
     Args:
         tokenizer: a fast tokenizer with a chat template.
         prompts: N prompts, in any form that `parse_prompt` takes.
-        responses: N answers, in any form that `response_text` takes. Special-token strings in prompts and responses
-            are encoded as ordinary text.
+        responses: N answers, in any form that `response_text` takes; what a message list has before its last answer is
+            context, by the rule of `turns_before_answer`. Special-token strings in prompts and responses are encoded as
+            ordinary text.
         max_length: limit in tokens for prompt, response and template together.
         halve_prompt: keep the prompt to its half of `max_length` also where the whole would fit. Reward models of
             earlier versions were trained so; see `models.trained_with_halved_prompts`.
@@ -188,7 +239,7 @@ def encode_batch(
         N `Encoded`, in input order.
 
     Raises:
-        TypeError, ValueError: as `parse_prompt` and `response_text`; the numbers of prompts and responses differ,
+        TypeError, ValueError: as `turns_before_answer`; the numbers of prompts and responses differ,
             `max_length` is too small, or the chat template refuses a prompt.
     """
     if max_length < MIN_MAX_LENGTH:
@@ -198,8 +249,8 @@ def encode_batch(
     special = _special_tokens(tokenizer)
     rendered: dict[str, tuple[Frame, Frame]] = {}
     frames = []
-    for prompt in prompts:
-        messages = parse_prompt(prompt)
+    for prompt, response in zip(prompts, responses, strict=True):
+        messages = turns_before_answer(prompt, response)
         key = repr(messages)  # the two answers of a pair share a prompt, rendered and tokenised once
         if key not in rendered:
             rendered[key] = _render(tokenizer, special, messages)
@@ -275,6 +326,14 @@ def _checked_message(message: Any) -> dict[str, str]:
     if role is None:
         raise ValueError(f"unknown role {message.get('role')!r:.40}; known are {', '.join(ROLES)}")
     return {"role": role, "content": _clean(message["content"])}
+
+
+def _shown(messages: Messages) -> str:
+    """Turns in one line of a message, the long ones not in full."""
+    turns = [
+        f"{role}: {text if len(text) <= SHOWN else text[:SHOWN] + '…'!r}" for role, text in stripped_turns(messages)
+    ]
+    return f"[{', '.join(turns)}]"
 
 
 def _clean(text: str) -> str:

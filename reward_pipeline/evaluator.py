@@ -9,7 +9,7 @@ Higher is better; only differences between answers to one prompt have a meaning.
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, TypeVar, overload
 
@@ -22,6 +22,7 @@ from reward_pipeline.conversations import (
     Messages,
     Prompt,
     Response,
+    dialogue_messages,
     encode_stream,
     first_refused,
     parse_prompt,
@@ -162,7 +163,8 @@ class RewardModelEvaluator:
 
         Args:
             prompts: N prompts, in any form that `get_reward_score` takes.
-            responses: N answers: strings, or message lists that end with the answer.
+            responses: N answers: strings, or message lists that end with the answer. The turns before it are context:
+                they may repeat the prompt, and go on after it.
             batch_size: conversations per forward pass; they are sorted, so that little is padded and, on a CPU, the
                 prompt of several answers is computed once in a batch. Equal conversations are scored once.
             max_length: limit in tokens; by default the one of the training.
@@ -227,6 +229,16 @@ class RewardModelEvaluator:
     def combine(self, scores: np.ndarray) -> np.ndarray:
         """(N,) rewards of the ensemble from its members' (M, N)."""
         return scores.mean(axis=0) - self.std_penalty * scores.std(axis=0)
+
+    def reward_function(self, prompts: Sequence[Prompt], completions: Sequence[Response], **kwargs: Any) -> list[float]:
+        """Rewards in the form that TRL's online trainers call: `reward_funcs=[evaluator.reward_function]`.
+
+        Args:
+            prompts: N prompts, strings or message lists; either way they are formatted by the chat template.
+            completions: N answers, strings or message lists (one assistant message, as TRL makes them).
+            kwargs: the data set's other columns and what else TRL passes; not used.
+        """
+        return self.combine(self.get_member_scores(prompts, completions)).tolist()
 
     # --- what scores are good for
 
@@ -301,20 +313,25 @@ class RewardModelEvaluator:
             "mean_length_b": float(np.mean([response_length(response_text(each)) for each in responses_b])),
         }
 
-    def evaluate_conversation(self, turns: Sequence[tuple[str, str]]) -> list[float]:
+    def evaluate_conversation(self, turns: Iterable[tuple[str, str]] | Messages) -> list[float]:
         """Reward of every answer of a dialogue, each with the turns before it as context.
 
         Args:
-            turns: (user text, answer) in the order of the dialogue; here the texts are taken literally.
+            turns: a message list, whose system turns are context, or (user text, answer) pairs; in the order of the
+                dialogue. Here the texts are taken literally.
+
+        Raises:
+            TypeError: they are neither.
+            ValueError: as `get_reward_scores`; an answer of a message list does not follow a user turn.
         """
-        prompts: list[Messages] = []
-        history: Messages = []
-        turns = list(turns)
-        for prompt, response in turns:
-            history = [*history, {"role": "user", "content": prompt}]
-            prompts.append(history)
-            history = [*history, {"role": "assistant", "content": response}]
-        return self.get_reward_scores(prompts, [response for _, response in turns])
+        messages = dialogue_messages(turns)
+        answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+        for place in answers:
+            if not place or messages[place - 1]["role"] != "user":
+                raise ValueError(f"turn {place}: an answer follows a user turn, and this one does not")
+        return self.get_reward_scores(
+            [messages[:place] for place in answers], [messages[place]["content"] for place in answers]
+        )
 
     # --- how they come about
 

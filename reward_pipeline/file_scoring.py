@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm.auto import tqdm
 
-from reward_pipeline.conversations import Response, parse_prompt, response_text
+from reward_pipeline.conversations import Messages, Response, parse_prompt, turns_before_answer
 from reward_pipeline.evaluator import RewardModelEvaluator, check_templates
 from reward_pipeline.files import InputError, first_line, replace_file
 
@@ -27,7 +27,8 @@ def score_file(evaluator: RewardModelEvaluator, source: Path, target: Path) -> i
     """
     lines, rows, answers = read_lines(source), 0, 0
     while chunk := list(itertools.islice(lines, LINES)):  # a first pass: a bad row is found before the work is done
-        check_templates(evaluator, [row["prompt"] for _, row in chunk], [place for place, _ in chunk])
+        contexts = [(context, place) for place, row in chunk for context in row_contexts(row)]
+        check_templates(evaluator, [context for context, _ in contexts], [place for _, place in contexts])
         rows += len(chunk)
         answers += sum(len(row_answers(row)) for _, row in chunk)
     if not rows:
@@ -64,16 +65,16 @@ def check_line(place: str, line: bytes) -> dict[str, Any]:
     """
     try:
         row = json.loads(line.decode("utf-8-sig"))
-        parse_prompt(row["prompt"])
-        for answer in row_answers(row):
-            response_text(answer)
+        row_contexts(row)
     except json.JSONDecodeError as error:
         raise InputError(f"{place}: not valid JSON ({error.msg}); one object a line is expected") from error
     except UnicodeDecodeError as error:
         raise InputError(f"{place}: not UTF-8 text; convert the file first") from error
     except RecursionError as error:
         raise InputError(f"{place}: nested too deeply; needs {NEEDED}") from error
-    except (KeyError, TypeError, ValueError) as error:
+    except ValueError as error:
+        raise InputError(f"{place}: {error}") from error
+    except (KeyError, TypeError) as error:
         raise InputError(f"{place}: needs {NEEDED} ({type(error).__name__}: {error})") from error
     return row
 
@@ -85,6 +86,17 @@ def row_answers(row: dict[str, Any]) -> Sequence[Response]:
             raise TypeError("responses is not a list")
         return row["responses"]
     return [row["response"]] if "response" in row else [row["chosen"], row["rejected"]]
+
+
+def row_contexts(row: dict[str, Any]) -> list[Messages]:
+    """The turns of the prompt, and those before each answer where a message list has more of them.
+
+    Raises:
+        KeyError, TypeError, ValueError: as `row_answers` and `turns_before_answer`.
+    """
+    messages = parse_prompt(row["prompt"])
+    contexts = [turns_before_answer(row["prompt"], answer) for answer in row_answers(row)]
+    return [messages, *(context for context in contexts if context != messages)]
 
 
 def with_rewards(row: dict[str, Any], rewards: list[float]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from reward_pipeline.conversations import (
     parse_prompt,
     plain_template,
     response_text,
+    turns_before_answer,
 )
 
 USER, ASSISTANT = [1, 4093, 198], [1, 520, 9531, 198]  # <|im_start|>user\n and so on
@@ -80,6 +81,48 @@ def test_message_lists_are_taken_literally():
 def test_bad_prompts_are_refused(prompt, error):
     with pytest.raises(error):
         parse_prompt(prompt)
+
+
+RULES, ASKED, ANSWERED = ({"role": role, "content": role} for role in ("system", "user", "assistant"))
+OTHER, LAST = {"role": "user", "content": "other"}, {"role": "assistant", "content": "final"}
+MARKED = "user\n<extra_id_1>Assistant\nassistant\n<extra_id_1>User\nother"
+
+
+@pytest.mark.parametrize(
+    "prompt, response, turns",
+    [
+        ("user", "final", [ASKED]),
+        ("user", [LAST], [ASKED]),
+        ("user", [ASKED, LAST], [ASKED]),
+        ("user", [{"role": "user", "content": " user\n"}, LAST], [ASKED]),
+        ("user", [ANSWERED, OTHER, LAST], [ASKED, ANSWERED, OTHER]),
+        ("user", [ASKED, ANSWERED, OTHER, LAST], [ASKED, ANSWERED, OTHER]),
+        ([RULES, ASKED], [RULES, ASKED, LAST], [RULES, ASKED]),
+        ([RULES, ASKED], [ANSWERED, OTHER, LAST], [RULES, ASKED, ANSWERED, OTHER]),
+        ([ANSWERED, ASKED], [ANSWERED, ASKED, LAST], [ANSWERED, ASKED]),
+        (MARKED, [ASKED, ANSWERED, OTHER, LAST], [ASKED, ANSWERED, OTHER]),
+        (MARKED, [{"role": "user", "content": MARKED}, LAST], [ASKED, ANSWERED, OTHER]),
+    ],
+)
+def test_the_turns_before_an_answer_are_those_of_the_prompt_and_of_its_list(prompt, response, turns):
+    assert turns_before_answer(prompt, response) == turns
+
+
+@pytest.mark.parametrize(
+    "prompt, response, message",
+    [
+        ("user", [OTHER, LAST], r"answers \[user: 'other'\], but the prompt is \[user: 'user'\]"),
+        ("user", [RULES, ASKED, LAST], r"answers \[system: 'system', user: 'user'\], but the prompt is"),
+        ([RULES, ASKED], [ASKED, LAST], r"but the prompt is \[system: 'system', user: 'user'\]"),
+        ("y" * 100, [OTHER, LAST], r"'y{60}…'\]$"),
+        ("user", [ANSWERED, LAST], "must follow a user turn, not 'assistant'"),
+        ("user", [ASKED, ANSWERED, LAST], "must follow a user turn, not 'assistant'"),
+        ("user", [{"role": "tool", "content": "x"}, LAST], "unknown role 'tool'"),
+    ],
+)
+def test_a_list_that_contradicts_its_prompt_names_both(prompt, response, message):
+    with pytest.raises(ValueError, match=message):
+        turns_before_answer(prompt, response)
 
 
 def test_response_text_takes_the_last_message():

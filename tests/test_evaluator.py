@@ -131,6 +131,60 @@ def test_a_dialogue_is_scored_with_its_context(evaluator):
     assert len(scores) == 3
     assert evaluator.evaluate_conversation([]) == []
     assert evaluator.evaluate_conversation(zip(*zip(*turns, strict=True), strict=True)) == scores
+    dialogue = [*messages, {"role": "assistant", "content": "Fine."}]
+    assert evaluator.evaluate_conversation(dialogue) == pytest.approx(scores[:2], abs=1e-5)
+
+
+def test_a_dialogue_may_be_a_message_list(evaluator):
+    """Every answer is scored with all that stands before it, system turns included; the last turn may be the user's."""
+    system, user, late = (
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "Hi"},
+        "Answer in verse.",
+    )
+    dialogue = [system, user, {"role": "assistant", "content": "Hello!"}, {"role": "system", "content": late}, user]
+    dialogue += [{"role": "assistant", "content": "Hi, hi."}, user]
+    expected = [
+        evaluator.get_reward_score([system, user], "Hello!"),
+        evaluator.get_reward_score(dialogue[:5], "Hi, hi."),
+    ]
+    assert evaluator.evaluate_conversation(dialogue) == pytest.approx(expected, abs=1e-5)
+    assert evaluator.evaluate_conversation([system, user]) == []
+
+
+@pytest.mark.parametrize(
+    "turns",
+    [
+        ["Hi", "Yo"],
+        "Hi",
+        [("Hi", "Hello!"), {"role": "user", "content": "Bye"}],
+        [("Hi",)],
+        [("Hi", None)],
+        {"role": "user", "content": "Hi"},
+        [("Hi", "Hello!", "Bye")],
+    ],
+)
+def test_what_is_no_dialogue_is_refused(evaluator, turns):
+    with pytest.raises(TypeError, match=r"a dialogue is a message list or \(user text, answer\) pairs"):
+        evaluator.evaluate_conversation(turns)
+
+
+@pytest.mark.parametrize("opening", [[], [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "a"}]])
+def test_an_answer_of_a_dialogue_follows_a_user_turn(evaluator, opening):
+    with pytest.raises(ValueError, match=f"turn {len(opening)}: an answer follows a user turn"):
+        evaluator.evaluate_conversation([*opening, {"role": "assistant", "content": "b"}])
+
+
+def test_turns_in_a_list_before_the_answer_are_context(evaluator):
+    """As TRL has it for completions of several turns; a list may repeat the prompt."""
+    hello, question = {"role": "assistant", "content": "Hello!"}, {"role": "user", "content": "How are you?"}
+    opening, fine = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Fine."}
+    expected = evaluator.evaluate_conversation([("Hi", "Hello!"), ("How are you?", "Fine.")])[1]
+    completions = [[hello, question, fine], [opening, hello, question, fine], [fine]]
+    scores = evaluator.reward_function(["Hi", "Hi", [opening, hello, question]], completions)
+    assert scores == pytest.approx([expected] * 3, abs=1e-5)
+    with pytest.raises(ValueError, match=r"answers \[user: 'Bye'\], but the prompt is \[user: 'Hi'\]"):
+        evaluator.get_reward_score("Hi", [{"role": "user", "content": "Bye"}, fine])
 
 
 def test_max_length_comes_from_training_and_can_be_changed(evaluator):
@@ -381,12 +435,16 @@ def test_plain_transformers_and_what_others_read(smollm, tokenizer, tmp_path):
         assert result == {"label": "reward", "score": pytest.approx(score, abs=1e-5)}
 
 
-def test_as_reward_function_of_grpo(tiny_reward_model, tiny_model, tmp_path):
-    prompts = Dataset.from_list([{"prompt": [{"role": "user", "content": f"Say {n}."}]} for n in range(4)])
-    config = GRPOConfig(
-        output_dir=str(tmp_path), max_steps=1, per_device_train_batch_size=2, num_generations=2, use_cpu=True,
+def grpo_config(output: Path) -> GRPOConfig:
+    return GRPOConfig(
+        output_dir=str(output), max_steps=1, per_device_train_batch_size=2, num_generations=2, use_cpu=True,
         max_completion_length=8, bf16=False, report_to="none", save_strategy="no", logging_steps=1,
     )  # fmt: skip
+
+
+def test_a_reward_model_directory_in_grpo(tiny_reward_model, tiny_model, tmp_path):
+    prompts = Dataset.from_list([{"prompt": [{"role": "user", "content": f"Say {n}."}]} for n in range(4)])
+    config = grpo_config(tmp_path)
     trainer = GRPOTrainer(model=tiny_model, reward_funcs=tiny_reward_model, args=config, train_dataset=prompts)
     seen = []  # what TRL fed the reward model, and what it returned
     trainer.reward_funcs[0].register_forward_hook(
@@ -402,6 +460,37 @@ def test_as_reward_function_of_grpo(tiny_reward_model, tiny_model, tmp_path):
         prompt, response = text.removeprefix("<|im_start|>user\n").split("<|im_end|>\n<|im_start|>assistant\n")
         score = evaluator.get_reward_score(prompt, response.removesuffix("<|im_end|>"))
         assert logit.item() == pytest.approx(score, abs=1e-4)
+
+
+@pytest.mark.parametrize("conversational", [False, True])
+def test_as_reward_function_of_grpo(evaluator, tiny_model, tmp_path, conversational):
+    ask = (lambda text: [{"role": "user", "content": text}]) if conversational else str
+    prompts = Dataset.from_list([{"prompt": ask(f"Say {n}."), "progress": True} for n in range(4)])
+    seen = []  # what TRL gave to the reward functions
+
+    def look_on(prompts, completions, **kwargs):
+        seen.extend(zip(prompts, completions, strict=True))
+        return [0.0] * len(prompts)
+
+    functions = [evaluator.reward_function, look_on]
+    trainer = GRPOTrainer(model=tiny_model, reward_funcs=functions, args=grpo_config(tmp_path), train_dataset=prompts)
+    trainer.train()
+    (entry,) = (entry for entry in trainer.state.log_history if "reward" in entry)
+    texts = [answer[0]["content"] if conversational else answer for _, answer in seen]
+    questions = [prompt[0]["content"] if conversational else prompt for prompt, _ in seen]
+    assert isinstance(seen[0][0], list) == conversational and len(seen) == 2
+    expected = evaluator.get_member_scores(questions, texts)[0]
+    assert entry["rewards/reward_function/mean"] == pytest.approx(expected.mean(), abs=1e-5)
+
+
+def test_the_reward_function_takes_all_forms_of_conversations(evaluator):
+    """Strings and message lists give the same rewards, whatever else TRL passes."""
+    texts = evaluator.get_reward_scores(["Hi", "Bye"], ["Hello!", "So long."])
+    prompts = [[{"role": "user", "content": text}] for text in ("Hi", "Bye")]
+    answers = [[{"role": "assistant", "content": text}] for text in ("Hello!", "So long.")]
+    assert evaluator.reward_function(["Hi", "Bye"], ["Hello!", "So long."]) == texts
+    rewards = evaluator.reward_function(prompts=prompts, completions=answers, completion_ids=[[1], [2]], batch_size="x")
+    assert rewards == texts and all(type(reward) is float for reward in rewards)
 
 
 # --- directories that are no whole reward model ----------------------------------------------------------------------

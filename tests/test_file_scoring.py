@@ -41,6 +41,15 @@ def test_a_file_is_scored_line_by_line(monkeypatch, evaluator, write_jsonl, tmp_
     ]
 
 
+def test_the_turns_before_an_answer_are_its_context(evaluator, write_jsonl, tmp_path):
+    user, assistant = ({"role": role, "content": role} for role in ("user", "assistant"))
+    answer = {"role": "assistant", "content": "a"}
+    source = write_jsonl([{"prompt": "user", "responses": [[assistant, user, answer], [user, answer]]}])
+    score_file(evaluator, Path(source), tmp_path / "scores.jsonl")
+    expected = [evaluator.get_reward_score(prompt, "a") for prompt in ([user, assistant, user], "user")]
+    assert json.loads((tmp_path / "scores.jsonl").read_text())["rewards"] == pytest.approx(expected, abs=1e-5)
+
+
 @pytest.mark.parametrize(
     "line, message",
     [
@@ -52,6 +61,11 @@ def test_a_file_is_scored_line_by_line(monkeypatch, evaluator, write_jsonl, tmp_
         ('{"prompt": "a", "response": null}', "row 2: needs prompt"),
         ("[]", "row 2: needs prompt"),
         ('{"prompt": "a", "responses": "text"}', "responses is not a list"),
+        ('{"prompt": [], "response": "a"}', "row 2: the prompt has no messages"),
+        (
+            '{"prompt": "a", "response": [{"role": "user", "content": "b"}, {"role": "assistant", "content": "c"}]}',
+            r"row 2: the response answers \[user: 'b'\], but the prompt is \[user: 'a'\]",
+        ),
     ],
 )
 def test_a_bad_line_is_named_and_nothing_written(evaluator, tmp_path, line, message):
@@ -82,7 +96,8 @@ def test_a_prompt_that_the_template_refuses_is_named(tiny_reward_model, write_js
     directory = tmp_path / "refusing"
     shutil.copytree(tiny_reward_model, directory)
     template = directory / "chat_template.jinja"
-    refusal = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"
+    found = "'system' in messages | map(attribute='role') | list"
+    refusal = f"{{% if {found} %}}{{{{ raise_exception('no system turns') }}}}{{% endif %}}"
     template.write_text(refusal + template.read_text())
     evaluator = RewardModelEvaluator(directory, device="cpu")
     marked = "<extra_id_0>System\nBe brief.\n<extra_id_1>User\nHi"
@@ -92,6 +107,10 @@ def test_a_prompt_that_the_template_refuses_is_named(tiny_reward_model, write_js
     ):
         score_file(evaluator, Path(source), tmp_path / "scores.jsonl")
     assert not (tmp_path / "scores.jsonl").exists()
+    turns = [{"role": role, "content": "b"} for role in ("assistant", "system", "user", "assistant")]
+    source = write_jsonl([{"prompt": "Hi", "response": turns}])
+    with pytest.raises(InputError, match=f"{source} row 1: .*no system turns"):
+        score_file(evaluator, Path(source), tmp_path / "scores.jsonl")
     with pytest.raises(InputError, match=r"^prompt: "):
         check_templates(evaluator, ["Hi", marked], ["other", "prompt"])
 
