@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from datasets import Dataset
 
-from reward_pipeline.conversations import Messages, first_refused, response_text
+from reward_pipeline.conversations import Messages, first_refused, response_text, stripped_turns
 from reward_pipeline.files import InputError
 from reward_pipeline.layouts import recognised
-from reward_pipeline.schemas import checked_pairs, stripped_turns
+from reward_pipeline.schemas import checked_pairs
 from reward_pipeline.sources import Row
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from reward_pipeline.conversations import Messages, parse_prompt, response_text
+from reward_pipeline.conversations import Messages, parse_prompt, response_text, stripped_turns
 from reward_pipeline.layouts import ATTRIBUTES, in_our_columns, number
 from reward_pipeline.settings import readable_text
 from reward_pipeline.sources import BadRow, Row
@@ -156,11 +156,6 @@ def _unpacked(prompt: str | list[dict[str, str]]) -> Messages:
     """Turns of a prompt; HelpSteer2_binarized packs whole dialogues, markers included, into one user message."""
     messages = parse_prompt(prompt)
     return parse_prompt(messages[0]["content"]) if len(messages) == 1 else messages
-
-
-def stripped_turns(messages: Messages) -> list[tuple[str, str]]:
-    """Role and text of each turn; two prompts are the same if these are."""
-    return [(message["role"], message["content"].strip()) for message in messages]
 
 
 def _rating(row: dict[str, Any], side: str) -> float | None:
