@@ -456,7 +456,8 @@ def read_pairs(name: str, split: str | None = None) -> Dataset:
         return processed_pairs(splits, name, pick_split(name, list(splits), split or "validation"))
     pairs, dropped = [], 0
     for row, pair, _ in checked_pairs(open_source(name, split).rows):
-        if pair:
+        # Tool calls become text by the template of one model, and here there may be several.
+        if pair and not any("tool_calls" in message for message in pair["prompt"]):
             pairs.append({**pair, "place": row.location})
         else:
             dropped += 1

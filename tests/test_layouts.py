@@ -124,7 +124,7 @@ def test_every_layout_gives_the_pair_that_its_label_means(name, row, greeted):
 
 
 def test_every_layout_is_tried_and_listed():
-    assert {name for name, *_ in PUBLISHED} == {layout.name for layout in LAYOUTS} - {"HelpSteer2"}
+    assert {name for name, *_ in PUBLISHED} == {layout.name for layout in LAYOUTS} - {"HelpSteer2", "scored answers"}
     page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     table = re.search(r"\| read as \| .*\n\|---\|---\|---\|\n((?:\|.*\n)+)", page)[1].splitlines()
     shown = [
@@ -147,10 +147,18 @@ def test_every_layout_is_tried_and_listed():
         ("SHP", {"labels": ""}, "column labels is empty"),
         ("Chatbot Arena", {"winner": "tie (bothbad)"}, "tie"),
         ("Chatbot Arena", {"winner": "model_c"}, "winner is neither a, b nor a tie"),
-        ("Chatbot Arena", {"conversation_a": [USER, *said(BAD)]}, "response repeats another prompt"),
+        (
+            "Chatbot Arena",
+            {"conversation_a": [USER, *said(BAD)]},
+            "rejected answers another prompt than that of the row",
+        ),
         ("labelled answers", {"choice": None}, "column choice is empty"),
-        ("hh-rlhf", {"rejected": "Seven."}, "text is not a dialogue of Human: and Assistant: turns"),
-        ("hh-rlhf", {"rejected": "\n\nHuman: Hi\n\nAssistant: No."}, "response repeats another prompt"),
+        ("hh-rlhf", {"rejected": "Seven."}, "text is not the transcript of a dialogue"),
+        (
+            "hh-rlhf",
+            {"rejected": "\n\nHuman: Hi\n\nAssistant: No."},
+            "rejected answers another prompt than that of the row",
+        ),
         ("Nectar", {"answers": [{"answer": GOOD, "rank": 1}]}, "fewer than two ranked answers"),
         ("Nectar", {"answers": [{"answer": GOOD, "rank": 1}, {"answer": BAD, "rank": 1}]}, "tie"),
         ("Nectar", {"answers": [GOOD, BAD]}, "has the columns of Nectar, but not its values"),
@@ -193,6 +201,25 @@ def test_the_input_of_an_instruction_stands_below_it():
     assert pair["prompt"] == [{"role": "user", "content": "Shorten.\nA red car."}]
 
 
-def test_rows_of_no_known_layout_pass_and_what_could_not_be_read_keeps_its_reason():
-    rows = [Row("row 1", {"text": "x"}), Row("row 2", {}, "not valid JSON"), Row("row 3", PAIR)]
+def test_rows_of_no_known_layout_are_refused_with_the_columns_of_the_first():
+    rows = [
+        *({"text": "x", "good": "y"}, {"other": "x"}, {"prompt": "p", "chosen": "x"}, {"chosen": "x", "rejected": "y"}),
+        {**dict.fromkeys("a" * n for n in range(1, 30))},
+        {},
+    ]
+    reasons = [row.problem for row in in_our_columns(Row("row", row) for row in rows)]
+    assert reasons[0] == "missing column chosen: there are text, good (--columns takes other names)"
+    assert reasons[1] == reasons[4] == reasons[5] == reasons[0]  # one line of the count, however many columns there are
+    assert reasons[2:4] == [
+        "missing column rejected: there are prompt, chosen (--columns takes other names)",
+        "missing column prompt: there are chosen, rejected (--columns takes other names)",
+    ]
+    (long,) = in_our_columns([Row("row", rows[4])])
+    assert len(long.problem) < 400
+    (empty,) = in_our_columns([Row("row", {})])
+    assert "there are none" in empty.problem
+
+
+def test_what_could_not_be_read_keeps_its_reason_and_pairs_pass():
+    rows = [Row("row 2", {}, "not valid JSON"), Row("row 3", PAIR)]
     assert list(in_our_columns(rows)) == rows

@@ -90,7 +90,8 @@ def test_every_row_is_kept_or_counted_by_its_reason(run):
     rows, metadata = run["metadata"]["rows"], run["metadata"]
     assert (rows["read"], rows["pairs"]) == (36, 31)  # ten raw rows are five pairs
     assert rows["dropped"] == {
-        "null": 1, "empty response": 1, "missing column chosen": 1, "rating says the rejected is better": 1,
+        "null": 1, "empty response": 1, "missing column chosen: there are prompt (--columns takes other names)": 1,
+        "rating says the rejected is better": 1,
         "duplicate pair": 1, "contradicting pair": 2, "tied ratings": 1,
     }  # fmt: skip
     assert rows["kept"] == 23 == 31 - rows["dropped_total"]
@@ -287,7 +288,7 @@ def test_nothing_is_made_before_everything_is_found(monkeypatch, tmp_path, tiny_
 
 def test_nothing_usable_keeps_what_was_there(prepared, tmp_path, write_jsonl):
     prepared("--source", write_jsonl(make_pairs(10)))
-    missing = r"1 of 1 pairs: missing column chosen \(first: .* row 1\)"
+    missing = r"1 of 1 pairs: missing column chosen: there are question \(--columns .*\) \(first: .* row 1\)"
     for rows, message in (([], "the source is empty"), ([{"question": "a"}], missing)):
         with pytest.raises(SystemExit, match=message):
             prepared("--source", write_jsonl(rows, "bad.jsonl"))
