@@ -91,6 +91,9 @@ def renamed(rows: Iterable[Row], columns: Sequence[str]) -> Iterator[Row]:
     Raises:
         InputError: none of the first rows has a column of that name, or one of ours is named twice.
     """
+    if not columns:
+        yield from rows
+        return
     names = dict(each.split("=", 1) for each in columns)
     if len(names) < len(columns):
         raise InputError(f"--columns {' '.join(columns)}: names a column twice")

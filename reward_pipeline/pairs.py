@@ -149,7 +149,8 @@ def split_by_prompt(prompt_key: np.ndarray, share: float, seed: int) -> tuple[np
     """
     _, prompt, sizes = np.unique(prompt_key, return_inverse=True, return_counts=True)
     if len(sizes) < 2:
-        raise InputError("all pairs share one prompt; at least two are needed for a training and a validation split")
+        what = "all pairs share one prompt" if len(prompt) > 1 else "only one pair is usable"
+        raise InputError(f"{what}; at least two prompts are needed for a training and a validation split")
     # Training rounds down, but not to nothing: 8,678 pairs give 6,942 and 1,736.
     wanted = len(prompt_key) - max(1, int(len(prompt_key) * (1 - share)))
     order, taken = list(range(len(sizes))), 0

@@ -1,14 +1,16 @@
 """Each published layout gives the pair that its labels mean, and a row without one gives the reason."""
 
 import itertools
+import math
 import re
 
 import pytest
 from conftest import PAIR, ROOT, USER
 
-from reward_pipeline.layouts import LAYOUTS, in_our_columns, recognised
+from reward_pipeline.files import InputError
+from reward_pipeline.layouts import LAYOUTS, in_our_columns, number, recognised, renamed
 from reward_pipeline.schemas import checked_pairs
-from reward_pipeline.sources import Row
+from reward_pipeline.sources import BadRow, Row
 
 GOOD, BAD = "Red.", "Seven."
 GREETING = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
@@ -218,6 +220,84 @@ def test_rows_of_no_known_layout_are_refused_with_the_columns_of_the_first():
     assert len(long.problem) < 400
     (empty,) = in_our_columns([Row("row", {})])
     assert "there are none" in empty.problem
+
+
+def named(rows, *columns):
+    return [row.values for row in renamed((Row(f"row {i}", row) for i, row in enumerate(rows, 1)), columns)]
+
+
+def test_columns_are_renamed_by_the_user():
+    row = {"question": QUESTION, "prompt": "a name", "better": {"texts": [GOOD]}, "a.b": BAD, "category": "colours"}
+    (found,) = named([row], "prompt=question", "chosen=better.texts.0", "rejected=a.b")
+    assert found == {
+        "prompt": QUESTION,
+        "chosen": GOOD,
+        "rejected": BAD,
+        "category": "colours",
+        "better": row["better"],
+    }
+    (pair,) = outcomes(found)
+    assert (pair["prompt"], pair["chosen"], pair["category"]) == ([USER], said(GOOD), "colours")
+    swapped = {"prompt": QUESTION, "chosen": BAD, "rejected": GOOD}
+    assert named([swapped], "chosen=rejected", "rejected=chosen") == [{**swapped, "chosen": GOOD, "rejected": BAD}]
+    assert named([swapped]) == [swapped]
+    (found,) = named([{"a": f"{SPOKEN} {GOOD}", "b": f"{SPOKEN} {BAD}"}], "chosen=a", "rejected=b")
+    assert recognised(found).name == "hh-rlhf"  # layouts are looked for under the new names
+
+
+def test_a_name_that_no_row_has_is_an_error():
+    rows = [{"a": 1}, {"a": 1, "b": 2}]
+    assert named(rows, "prompt=a", "chosen=b") == [{"prompt": 1}, {"prompt": 1, "chosen": 2}]
+    for path in ("c", "a.b", "a.0"):
+        with pytest.raises(
+            InputError, match=f"--columns: no column {path} in row 2 and those before it; there are a, b$"
+        ):
+            named(rows, "prompt=a", f"chosen={path}")
+    with pytest.raises(InputError, match="names a column twice"):
+        named(rows, "prompt=a", "prompt=b")
+    read = renamed((Row(f"row {i}", {"a": 1}) for i in itertools.count(1)), ["prompt=b"])
+    with pytest.raises(InputError, match=r"in row 1000 and"):  # a source without an end
+        list(read)
+    assert list(renamed([Row("row 1", {}, "not valid JSON")], ["prompt=b"])) == [Row("row 1", {}, "not valid JSON")]
+
+
+def test_lists_written_as_text_are_lists():
+    for name, row, _ in PUBLISHED:
+        text = {column: repr(value) if isinstance(value, list | dict) else value for column, value in row.items()}
+        assert recognised(text).name == name
+        assert outcomes(text) == outcomes(row)
+
+
+@pytest.mark.parametrize(
+    "text, value", [("4,2", 4.2), (" -0,5 ", -0.5), (",5", 0.5), ("1,25", 1.25), ("1.5", 1.5), ("1,0000", 1.0), (3, 3)]
+)
+def test_numbers_may_have_a_decimal_comma(text, value):
+    assert number(text) == value
+
+
+@pytest.mark.parametrize("text", ["1,000", "1,2,3", "1.000,5", "4,", ",", True, None, math.nan, 10**400])
+def test_what_may_be_something_else_is_no_number(text):
+    with pytest.raises(BadRow, match="rating is not a number"):
+        number(text)
+
+
+@pytest.mark.parametrize("score", ["score", "rating", "reward", "label"])
+@pytest.mark.parametrize("answer", ["response", "completion", "answer", "output"])
+def test_scored_answers_become_pairs(score, answer):
+    rows = [
+        {"instruction": "Name a", "input": "colour.", answer: text, score: i} for i, text in ((0, BAD), (1.5, GOOD))
+    ]
+    assert recognised(rows[0]).name == "scored answers"
+    ((_, pair, _),) = checked_pairs(Row("row", row) for row in rows)
+    assert pair["prompt"][0]["content"] == "Name a\ncolour."
+    assert (pair["chosen"], pair["rejected"], pair["chosen_rating"]) == (said(GOOD), said(BAD), 1.5)
+
+
+def test_wanted_and_unwanted_answers_become_pairs():
+    rows = [{"prompt": "p", "completion": text, "label": text == GOOD} for text in (BAD, GOOD, "Eight.")]
+    results = checked_pairs(Row("row", row) for row in rows)
+    found = [pair["rejected"] if pair else reason for _, pair, reason in results]
+    assert found == [said(BAD), "tied ratings", said("Eight.")]
 
 
 def test_what_could_not_be_read_keeps_its_reason_and_pairs_pass():
