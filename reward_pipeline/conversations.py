@@ -165,10 +165,11 @@ def turns_before_answer(prompt: Prompt, response: Response) -> Messages:
         turns = earlier[1:]
     known = not system or all(message["role"] != "system" for message in turns)  # not under another system prompt
     starts = (start for start in range(len(turns)) if _turns(turns[start : start + len(given)]) == _turns(given))
-    if known and (start := next(starts, None)) is not None:
-        context = [*system, *turns[:start], *given, *turns[start + len(given) :]]
-    elif earlier[0]["role"] == "assistant":
+    start = next(starts, None) if known else None
+    if start != 0 and earlier[0]["role"] == "assistant":  # it goes on, even where the user repeats the prompt later
         context = [*messages, *earlier]
+    elif start is not None:
+        context = [*system, *turns[:start], *given, *turns[start + len(given) :]]
     else:
         raise OtherPrompt(f"the response answers {_shown(earlier)}, but the prompt is {_shown(messages)}")
     if context[-1]["role"] not in ASKING:
