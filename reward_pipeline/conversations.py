@@ -164,7 +164,8 @@ def turns_before_answer(prompt: Prompt, response: Response) -> Messages:
     if system and _turns(earlier[:1]) == _turns(system):
         turns = earlier[1:]
     known = not system or all(message["role"] != "system" for message in turns)  # not under another system prompt
-    starts = (start for start in range(len(turns)) if _turns(turns[start : start + len(given)]) == _turns(given))
+    wanted, held = _turns(given), _turns(turns)
+    starts = (start for start in range(len(held)) if held[start : start + len(wanted)] == wanted)
     start = next(starts, None) if known else None
     if start != 0 and earlier[0]["role"] == "assistant":  # it goes on, even where the user repeats the prompt later
         context = [*messages, *earlier]
@@ -253,13 +254,16 @@ def calls_as_text(tokenizer: "PreTrainedTokenizerBase", messages: Messages) -> M
     for place, message in enumerate(messages):
         if "tool_calls" not in message:
             continue
-        slot = f"{_guard_for(written)}calls"
-        frame = [*written[:place], {"role": "assistant", "content": slot}, *written[place + 1 :]]
-        before, _, after = _filled(tokenizer, frame).partition(slot)
-        whole = _filled(tokenizer, written)
-        text = whole[len(before) : len(whole) - len(after)]
-        as_text = [*written[:place], {"role": "assistant", "content": text}, *written[place + 1 :]]
-        if _render(tokenizer, special, as_text) != _render(tokenizer, special, written):
+        slot, whole = f"{_guard_for(written)}calls", _filled(tokenizer, written)
+        try:
+            frame = [*written[:place], {"role": "assistant", "content": slot}, *written[place + 1 :]]
+            before, _, after = _filled(tokenizer, frame).partition(slot)
+            text = whole[len(before) : len(whole) - len(after)]
+            as_text = [*written[:place], {"role": "assistant", "content": text}, *written[place + 1 :]]
+            same = _render(tokenizer, special, as_text) == _render(tokenizer, special, written)
+        except ValueError:  # no answer of a tool without its call
+            same = False
+        if not same:
             raise ValueError("the chat template does not write tool calls as text")
         written = as_text
     return written
@@ -478,7 +482,7 @@ def _filled(tokenizer: "PreTrainedTokenizerBase", messages: Messages) -> str:
             if word not in shown:
                 raise ValueError(f"the chat template does not show {what}")
         return str(tokenizer.apply_chat_template(messages, tokenize=False))
-    except jinja2.TemplateError as error:
+    except (jinja2.TemplateError, TypeError) as error:  # the second one: arguments of a tool in another form
         raise ValueError(f"the chat template refuses these messages ({error})") from error
 
 

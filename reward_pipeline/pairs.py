@@ -43,6 +43,8 @@ def readable_pairs(
                 reason = refusal(tuple(message["role"] for message in pair["prompt"]))
             except ValueError as error:
                 reason = str(error)
+            except RecursionError:  # arguments of a tool, to the depth that JSON may have
+                reason = "nested too deeply"
         yield row, None if reason else pair, reason
 
 

@@ -27,12 +27,18 @@ from reward_pipeline.settings import readable_text
 from reward_pipeline.sources import BadRow, Row
 from reward_pipeline.transcripts import read_transcripts
 
-# Names under which sources have what a pair needs besides its texts, the first ones first; a hyphen means the same.
+
+def _spelled(*names: str) -> tuple[str, ...]:
+    """Names of columns, with underscores and with hyphens."""
+    return tuple(dict.fromkeys(each for name in names for each in (name, name.replace("_", "-"))))
+
+
+# Names under which sources have what a pair may have besides its texts, the first ones first.
 RATINGS = ("{}_rating", "{}_score", "rating_{}", "score_{}", "{}_avg_rating")
-RATING_COLUMNS = {side: tuple(name.format(side) for name in RATINGS) for side in ("chosen", "rejected")}
-SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
-CATEGORY_COLUMNS = ("category", "subset", "domain")  # names under which sources tell what kind of prompt a pair has
-AUTHOR_COLUMNS = {side: (f"{side}_author", f"{side}_model") for side in ("chosen", "rejected")}
+RATING_COLUMNS = {side: _spelled(*(name.format(side) for name in RATINGS)) for side in ("chosen", "rejected")}
+AUTHOR_COLUMNS = {side: _spelled(f"{side}_author", f"{side}_model") for side in ("chosen", "rejected")}
+SYSTEM_COLUMNS = _spelled("system", "system_prompt", "system_message")
+CATEGORY_COLUMNS = ("category", "subset", "domain")
 
 
 def join_raw_rows(rows: Iterable[Row]) -> Iterator[Row]:
@@ -190,14 +196,13 @@ def _context(prompt: Messages, row: dict[str, Any], side: str) -> Messages:
 
 
 def _rating(row: dict[str, Any], side: str) -> float | None:
-    values = _filled(row, RATING_COLUMNS[side])
+    values = _values(row, RATING_COLUMNS[side])
     return number(values[0]) if values else None
 
 
-def _filled(row: dict[str, Any], columns: Sequence[str]) -> list[Any]:
-    """What the row has under these names, with underscores or hyphens, as far as it is not empty."""
-    names = (name for column in columns for name in (column, column.replace("_", "-")))
-    return [row[name] for name in dict.fromkeys(names) if row.get(name) not in (None, "")]
+def _values(row: dict[str, Any], columns: Sequence[str]) -> list[Any]:
+    """What the row has under these names, as far as it is not empty."""
+    return [row[name] for name in columns if row.get(name) not in (None, "")]
 
 
 def _check_margin(margin: Any) -> None:
@@ -212,7 +217,7 @@ def category_of(row: dict[str, Any]) -> str:
 
 
 def _label(row: dict[str, Any], columns: Sequence[str]) -> str:
-    values = _filled(row, columns)
+    values = _values(row, columns)
     if not values or isinstance(values[0], list | dict) or values[0] != values[0]:  # NaN: an empty cell
         return ""
     return readable_text(str(values[0]))
