@@ -19,11 +19,14 @@ from reward_pipeline.transcripts import answered_turns, from_text, listed_messag
 ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")  # of a raw HelpSteer2 row
 PROMPT = "prompt|question|instruction|input|query"
 SCORE = "score|rating|reward|label"
+LABEL = "choice|winner|preferred|preference|label"
+ANSWER_A = "answer_a|response_a|output_a|answer_1|response_1|output_1"
+ANSWER_B = "answer_b|response_b|output_b|answer_2|response_2|output_2"
 LISTS = ("answers", "completions", "generations", "responses", "ratings", "rating", "generation_models", "history")
 SPOKEN_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")  # as hh-rlhf writes dialogues
 DECIMAL_COMMA = re.compile(r"\s*[-+]?\d*,(?!\d{3}\s*\Z)\d+\s*")  # with three digits it may be one between thousands
 SHOWN_COLUMNS = 20  # in a message
-SIDE_NAME = re.compile(r"(?:model|answer|response|assistant|option|conversation)?[ _]?([ab])")
+SIDE = r"(?:model|answer|response|output|assistant|option|conversation)?[ _]?"
 
 Values = dict[str, Any]
 
@@ -129,8 +132,12 @@ def _at(row: Values, path: str) -> Any:
 
 
 def _cells(row: Values) -> Values:
-    """A row with the message lists in it as such, whatever the container made of them."""
+    """A row with the message lists in it as such, whatever the container made of them.
+
+    Its names are as we write them too: a table made by hand may say `Prompt` or `Chosen rating`.
+    """
     cells = {name: listed_messages(value) for name, value in row.items()}
+    cells = {**{name.strip().lower().replace(" ", "_"): value for name, value in cells.items()}, **cells}
     for name in LISTS:  # of other things than messages
         if isinstance(text := cells.get(name), str) and text.lstrip().startswith("["):
             with contextlib.suppress(ValueError):  # a text then
@@ -143,7 +150,7 @@ def _read(layout: Layout, row: Values) -> list[Values]:
         return [row]
     for names in layout.columns:
         if is_empty(_first(row, names)):
-            raise BadRow(f"column {next(name for name in names.split('|') if name in row)} is empty")
+            raise BadRow(f"column {_found(row, names)} is empty")
     try:
         return layout.read(row)
     except BadRow:
@@ -172,6 +179,11 @@ def number(value: Any, name: str = "rating") -> float:
 def is_empty(value: Any) -> bool:
     """Whether a cell holds nothing."""
     return value is None or value == "" or (isinstance(value, float) and math.isnan(value))  # NaN: of pandas
+
+
+def _found(row: Values, names: str) -> str:
+    """Which of these names the row has."""
+    return next(name for name in names.split("|") if name in row)
 
 
 def _first(row: Values, names: str) -> Any:
@@ -214,14 +226,16 @@ def _side_of_flag(row: Values, column: str) -> int:
     return int(flag)
 
 
-def _side_of_name(row: Values, names: str) -> int:
-    said = str(_first(row, names)).strip().lower()
-    if said.startswith("tie") or said in ("both", "neither", "equal", "same", "draw"):
+def _side_of_name(row: Values, names: str, sides: str = "ab") -> int:
+    """The better one of two that are called by the letters, or by the numbers, of `sides`; also `A>B` and `[[A]]`."""
+    said = str(_first(row, names)).strip(" []").removesuffix(".0").lower()
+    one, other = sides[0], sides[1]
+    if said.startswith("tie") or said in ("both", "neither", "equal", "same", "draw", f"{one}={other}"):
         raise BadRow("tie")
-    side = SIDE_NAME.fullmatch(said)
+    side = re.fullmatch(rf"{SIDE}([{sides}])(?:>+{SIDE}[{sides}])?", said)
     if side is None:
-        raise BadRow(f"{next(name for name in names.split('|') if name in row)} is neither a, b nor a tie")
-    return "ab".index(side[1])
+        raise BadRow(f"{_found(row, names)} is neither {one}, {other} nor a tie")
+    return sides.index(side[1])
 
 
 def _pair(row: Values, prompt: Any, answers: Sequence[Any], better: int, authors: Sequence[Any] = (None, None)) -> list:
@@ -260,8 +274,7 @@ def _sides(chosen: str, rejected: str) -> Callable[[Values], list[Values]]:
 def _asked(row: Values) -> Any:
     """The prompt; as LLaMA-Factory joins them, the `input` of an instruction stands below it."""
     asked, below = _first(row, PROMPT), row.get("input")
-    first = next(name for name in PROMPT.split("|") if name in row)
-    return f"{asked}\n{below}" if first == "instruction" and isinstance(asked, str) and below else asked
+    return f"{asked}\n{below}" if _found(row, PROMPT) == "instruction" and isinstance(asked, str) and below else asked
 
 
 def _alpaca(row: Values) -> list[Values]:
@@ -336,9 +349,21 @@ def _rated_answers(row: Values) -> list[Values]:
 
 
 def _labelled(row: Values) -> list[Values]:
-    better = _side_of_name(row, "choice|winner|preferred|preference|label")
-    answers = _first(row, "answer_a|response_a"), _first(row, "answer_b|response_b")
-    return _pair(row, _first(row, PROMPT), answers, better, (row.get("model_a"), row.get("model_b")))
+    names = _found(row, ANSWER_A), _found(row, ANSWER_B)
+    sides = "ab" if names[0].endswith("a") else "12"
+    better = _side_of_name(row, LABEL, sides)
+    authors = [row.get(f"model_{side}") for side in sides]
+    return _pair(row, _asked(row), [row[name] for name in names], better, authors)
+
+
+def _sets(row: Values) -> list[Values]:
+    chosen, rejected = row["chosen"], row["rejected"]
+    return [pair for texts in itertools.product(chosen, rejected) for pair in _pair(row, row["prompt"], texts, 0)]
+
+
+def _ultrafeedback(row: Values) -> list[Values]:
+    rated = [(number(each["overall_score"]), each["response"], each.get("model")) for each in row["completions"]]
+    return _ranking(row, _asked(row), rated, rated=True)
 
 
 def _attributes(row: Values) -> list[Values]:
@@ -354,6 +379,16 @@ def _scored(row: Values) -> list[Values]:
 
 
 LAYOUTS = (
+    Layout(
+        "RewardBench 2",
+        "a list of answers a side, every pair of them",
+        ("prompt", "chosen", "rejected"),
+        _sets,
+        lambda row: all(
+            isinstance(row[side], list) and row[side] and all(isinstance(text, str) for text in row[side])
+            for side in ("chosen", "rejected")
+        ),
+    ),
     Layout("TRL, explicit prompt", "a prompt and two answers", ("prompt", "chosen", "rejected"), _unchanged),
     Layout(
         "LLaMA-Factory alpaca",
@@ -428,6 +463,13 @@ LAYOUTS = (
         lambda row: isinstance(row["answers"], list),
     ),
     Layout("NeMo-RL", "completions with ranks, every pair of them", ("context", "completions"), _nemo),
+    Layout(
+        "UltraFeedback",
+        "completions with an overall score, every pair of them",
+        (PROMPT, "completions"),
+        _ultrafeedback,
+        lambda row: isinstance(row["completions"], list),
+    ),
     Layout("Chatbot Arena", "two dialogues and a winner", ("conversation_a", "conversation_b", "winner"), _arena),
     Layout(
         "Distilabel",
@@ -437,8 +479,8 @@ LAYOUTS = (
     ),
     Layout(
         "labelled answers",
-        "two answers, and a or b for the better one",
-        (PROMPT, "answer_a|response_a", "answer_b|response_b", "choice|winner|preferred|preference|label"),
+        "two answers, and a or b (1 or 2) for the better one",
+        (PROMPT, ANSWER_A, ANSWER_B, LABEL),
         _labelled,
     ),
     Layout(

@@ -108,6 +108,19 @@ PUBLISHED = [
     ("Distilabel", {"instruction": QUESTION, "generations": [BAD, GOOD], "ratings": [1, 4.5]}, False),
     ("Distilabel", {"prompt": QUESTION, "responses": [GOOD, BAD, "-"], "ratings": [5, 2, None]}, False),
     ("labelled answers", {"question": QUESTION, "answer_a": BAD, "answer_b": GOOD, "choice": "B"}, False),
+    ("labelled answers", {"instruction": QUESTION, "output_1": BAD, "output_2": GOOD, "preference": 2.0}, False),
+    ("labelled answers", {"question": QUESTION, "response_A": GOOD, "response_B": BAD, "label": "A>>B"}, False),
+    ("labelled answers", {"prompt": QUESTION, "Answer A": BAD, "Answer B": GOOD, "Winner": "[[B]]"}, False),
+    ("RewardBench 2", {"prompt": QUESTION, "chosen": [GOOD], "rejected": [BAD]}, False),
+    (
+        "UltraFeedback",
+        {
+            "instruction": QUESTION,
+            "completions": [{"response": BAD, "overall_score": 2.5}, {"response": GOOD, "overall_score": "7"}],
+        },
+        False,
+    ),
+    ("TRL, explicit prompt", {"Prompt": QUESTION, "Chosen ": GOOD, "REJECTED": BAD}, False),
     ("labelled answers", {"prompt": QUESTION, "response_a": GOOD, "response_b": BAD, "label": "response_a"}, False),
 ]
 
@@ -155,6 +168,13 @@ def test_every_layout_is_tried_and_listed():
             "rejected answers another prompt than that of the row",
         ),
         ("labelled answers", {"choice": None}, "column choice is empty"),
+        ("labelled answers", {"choice": 1}, "choice is neither a, b nor a tie"),  # the first, or the second from 0
+        ("labelled answers", {"choice": "A=B"}, "tie"),
+        (
+            "UltraFeedback",
+            {"completions": [{"response": GOOD}]},
+            "has the columns of UltraFeedback, but not its values",
+        ),
         ("hh-rlhf", {"rejected": "Seven."}, "text is not the transcript of a dialogue"),
         (
             "hh-rlhf",
@@ -186,6 +206,14 @@ def test_a_ranking_is_every_pair_that_it_implies():
     assert all(pair["chosen_author"] == f"model {pair['chosen'][0]['content']}" for pair in named)
     assert all(pair["rejected_author"] == f"model {pair['rejected'][0]['content']}" for pair in named)
     assert all(pair["chosen_rating"] is None for pair in named)  # ranks are no ratings
+
+
+def test_sets_of_answers_are_every_pair_of_them():
+    pairs = outcomes({"prompt": "p", "chosen": ["a", "b"], "rejected": ["c", "d", ""]})
+    assert [pair if isinstance(pair, str) else pair["chosen"] + pair["rejected"] for pair in pairs] == [
+        said("a") + said("c"), said("a") + said("d"), "empty response",
+        said("b") + said("c"), said("b") + said("d"), "empty response",
+    ]  # fmt: skip
 
 
 def test_ratings_and_authors_go_with_their_answers():
@@ -262,7 +290,7 @@ def test_a_name_that_no_row_has_is_an_error():
 
 
 def test_lists_written_as_text_are_lists():
-    for name, row, _ in PUBLISHED:
+    for name, row, _ in (published for published in PUBLISHED if published[0] != "RewardBench 2"):  # lists of texts
         text = {column: repr(value) if isinstance(value, list | dict) else value for column, value in row.items()}
         assert recognised(text).name == name
         assert outcomes(text) == outcomes(row)
