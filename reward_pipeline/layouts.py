@@ -72,7 +72,7 @@ def in_our_columns(rows: Iterable[Row]) -> Iterator[Row]:
             layout = _layout(values)
             if layout is None:
                 missing = next((name for name in ("chosen", "rejected") if name not in values), "prompt")
-                reason = f"missing column {missing}: there are {shown_columns(values)} (--columns takes other names)"
+                reason = f"missing column {missing}: there are {shown_columns(row.values)} (--columns takes other names)"
                 yield row._replace(problem=unknown.setdefault(missing, reason))
             else:
                 yield from (row._replace(values=each) for each in _read(layout, values))
