@@ -16,11 +16,12 @@ import json
 from typing import Any
 
 from reward_pipeline.processes import run_script
-from reward_pipeline.settings import Parser, boolean, filled_text
+from reward_pipeline.settings import Parser, boolean, column, filled_text
 
 # ---------------------------------------------------------------------------------------------------------------------
 MODEL = "./reward_model_output"  # directory of a trained reward model
 PAIRS = "processed_helpsteer"  # processed directory, or any source of pairs
+COLUMNS = None  # names in other layouts, such as ["prompt=question"]
 SPLIT = None  # of a repository or a processed directory; None takes its usual one
 OUTPUT = None  # directory for figures and plots; None prints only
 FULL_PRECISION = False  # fp32 instead of bf16: slower, and the same figures on every machine
@@ -32,6 +33,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.flag("model", [MODEL], filled_text, "reward model; several are an ensemble", nargs="+", metavar="DIR")
     parser.flag("pairs", [PAIRS], filled_text, "processed directories or sources of pairs", nargs="+", metavar="SOURCE")
+    parser.flag("columns", COLUMNS, column, "names in a layout that is not known: prompt=question …", nargs="+")
     parser.flag("split", SPLIT, filled_text, "split of a dataset repository or processed directory")
     parser.flag("output", OUTPUT, filled_text, "directory for figures and plots, replaced as a whole", metavar="DIR")
     parser.flag("full_precision", FULL_PRECISION, boolean, "score in fp32, for figures that others shall repeat")
@@ -145,7 +147,7 @@ def main() -> None:
     from reward_pipeline.statistics import wins
 
     check_split(options.pairs, options.split)
-    sources = {name: read_pairs(name, options.split) for name in options.pairs}
+    sources = {name: read_pairs(name, options.split, options.columns or ()) for name in options.pairs}
     # Scores in bf16 differ in the third decimal with the batch that a pair is in, so the figures do on other machines.
     evaluator = RewardModelEvaluator(options.model, mixed_precision=not options.full_precision)
     for pairs in sources.values():

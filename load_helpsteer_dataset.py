@@ -6,6 +6,7 @@ Out: `processed_helpsteer/`: a DatasetDict with `train` and `validation`, `metad
     python load_helpsteer_dataset.py
     python load_helpsteer_dataset.py --source my_pairs.jsonl more_pairs.csv --max_length 512
     python load_helpsteer_dataset.py --source nvidia/HelpSteer2 --limit 1000
+    python load_helpsteer_dataset.py --source votes.csv --columns prompt=question chosen=better rejected=worse
 
 A source is `hub` (the default dataset, an error where it can not be reached), `sample`, a hub id, a file
 (.json, .jsonl, .csv, .parquet, each also .gz) or a directory (files, or laid out like a hub repository).
@@ -22,11 +23,12 @@ from typing import Any
 from reward_pipeline.conversations import MIN_MAX_LENGTH
 from reward_pipeline.files import InputError, replace_directory, write_checksums, write_text
 from reward_pipeline.processes import is_first_process, run_script
-from reward_pipeline.settings import Parser, apple_silicon, filled_text, or_none, real, seed_number, whole
+from reward_pipeline.settings import Parser, apple_silicon, column, filled_text, or_none, real, seed_number, whole
 
 # ---------------------------------------------------------------------------------------------------------------------
 # where from, where to
 SOURCE = None  # one or several in a list, joined; None takes the hub's dataset, or the sample where it is out of reach
+COLUMNS = None  # names in a layout that is not known, such as ["prompt=question"]
 SPLIT = None  # of a dataset repository; None takes average_rating_split, else train
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # hub id or directory; its tokenizer is used
 OUTPUT = "processed_helpsteer"  # directory, replaced as a whole
@@ -42,6 +44,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """Flags over constants, checked before anything heavy is imported."""
     parser = Parser(__doc__)
     parser.flag("source", SOURCE, filled_text, "one or several, joined (default: hub, else sample)", nargs="+")
+    parser.flag("columns", COLUMNS, column, "names in a layout that is not known: prompt=question …", nargs="+")
     parser.flag("split", SPLIT, filled_text, "of a dataset repository (default: average_rating_split, else train)")
     parser.flag("model", MODEL, filled_text, "whose tokenizer is used")
     parser.flag("output", OUTPUT, filled_text, "directory, replaced as a whole")
@@ -58,6 +61,7 @@ def main() -> None:
     import numpy as np
     from datasets import DatasetDict
 
+    from reward_pipeline.layouts import renamed
     from reward_pipeline.models import load_tokenizer, resolve_model
     from reward_pipeline.pairs import Tally, draw, split_by_prompt
     from reward_pipeline.plots import plot_lengths
@@ -80,7 +84,10 @@ def main() -> None:
     # Everything needed is found before anything is made.
     model = resolve_model(options.model)
     tokenizer = load_tokenizer(model.path)
-    sources = open_sources(options.source, options.split)
+    sources = [
+        source._replace(rows=renamed(source.rows, options.columns or ()))
+        for source in open_sources(options.source, options.split)
+    ]
     named = ", ".join(source.name for source in sources)
 
     with replace_directory(options.output, marker="dataset_dict.json") as directory:
@@ -88,6 +95,8 @@ def main() -> None:
         work = directory / "work"
         work.mkdir()
         tally = Tally()
+        if options.columns:
+            tally.read_as.append(f"columns named by --columns: {', '.join(options.columns)}")
         pairs = write_pairs(sources, work / "pairs.arrow", tally, tokenizer)
 
         # Pairs are made unique: the first of equal ones stays, and none of two that say the opposite.

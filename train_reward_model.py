@@ -21,7 +21,7 @@ from typing import Any
 
 from reward_pipeline.conversations import MIN_MAX_LENGTH
 from reward_pipeline.processes import run_script
-from reward_pipeline.settings import Parser, apple_silicon, boolean, filled_text, or_none, real, whole
+from reward_pipeline.settings import Parser, apple_silicon, boolean, column, filled_text, or_none, real, whole
 from reward_pipeline.trl_flags import (
     LORA_DEFAULTS,
     METRICS,
@@ -138,6 +138,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.flag("data", None, filled_text, f"directory written by load_helpsteer_dataset.py (default: {DATA})")
     parser.flag("streaming", None, filled_text, "train straight from this file, directory or hub id, for --max_steps")
     parser.flag("split", None, filled_text, "of a hub dataset, with --streaming")
+    parser.flag("columns", None, column, "with --streaming, names in a layout that is not known", nargs="+")
     parser.flag("train_half", None, whole(1, 2), "1 or 2: that half of the training prompts, for two separate judges")
     parser.flag("max_train_samples", MAX_TRAIN_SAMPLES, or_none(whole(1)), "pairs, drawn at random (default: all)")
     parser.flag("max_eval_samples", MAX_EVAL_SAMPLES, whole(1), "pairs per evaluation during the training")
@@ -155,7 +156,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     if (options.metric_for_best_model or "loss").removeprefix("eval_") not in METRICS:
         parser.error(f"--metric_for_best_model: must be one of {', '.join(METRICS)}")
     if options.streaming is None:
-        for name in ("split", "max_length"):
+        for name in ("split", "columns", "max_length"):
             if given.get(name) is not None:
                 parser.error(f"--{name}: needs --streaming; load_helpsteer_dataset.py decides it for prepared data")
         options.data = options.data or DATA
@@ -247,6 +248,7 @@ def main() -> None:
             validation_share=STREAM_VALIDATION_SHARE,
             mismatched_share=options.mismatched_share,
             seed=config.seed,
+            columns=options.columns or (),
         )
         train_pairs, form_model = splits["train"], None  # of a stream nobody has seen enough for one
         updates = reward_training.fit_rhythm(config, 0, WARMUP_STEPS)  # --max_steps says how long it is

@@ -14,6 +14,7 @@ response keeps its beginning and takes all that is left.
 """
 
 import datetime
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,11 +29,14 @@ CHUNK = 1024  # conversations that are tokenised at once
 MIN_MAX_LENGTH = 32  # tokens; below that a cut prompt could not keep its role headers, some 4 ids on either side
 SHOWN = 60  # characters of a turn that a message shows
 
-ROLES = ("system", "user", "assistant")
-ROLE_NAMES = {  # under which other tools know the three, in lower case
+ROLES = ("system", "user", "assistant", "tool")
+ROLE_NAMES = {  # under which other tools know these, in lower case
     **{role: role for role in ROLES},
-    **{"developer": "system", "human": "user", "gpt": "assistant", "bot": "assistant"},
+    **{"developer": "system", "human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"},
+    **{"function": "tool", "observation": "tool", "ipython": "tool"},
 }
+ASKING = ("user", "tool")  # roles of the turns that an answer may follow
+TEXT_PARTS = ("text", "input_text", "output_text")  # types of a content part that are text
 # A marker alone on its line, as HelpSteer2 writes them; one within a line is somebody's text about markers.
 TURN_MARKER = re.compile(r"^[ \t]*<extra_id_\d+>[ \t]*(System|User|Assistant)[ \t]*(?:\r?\n|\Z)", re.MULTILINE)
 STRAY_MARKER = re.compile(r"<extra_id_\d+>")
@@ -47,10 +51,14 @@ GUARD = "\ue000"  # private-use character; see `_guard_for`
 CAPTURE = "{% set conversation %}\n"
 STRIP = "{% endset %}{{ conversation if add_generation_prompt else conversation.rstrip() }}"
 
-Messages = list[dict[str, str]]
-Prompt = str | Sequence[dict[str, str]]  # in any form that `parse_prompt` takes
-Response = str | Sequence[dict[str, str]]  # in any form that `response_text` takes
+Messages = list[dict[str, Any]]  # each with `role` and `content`, and `tool_calls` where an assistant turn has any
+Prompt = str | Sequence[dict[str, Any]]  # in any form that `parse_prompt` takes
+Response = str | Sequence[dict[str, Any]]  # in any form that `response_text` takes
 Frame = tuple[tuple[bool, str], ...]  # rendered template text as (is control token, text) segments
+
+
+class OtherPrompt(ValueError):
+    """A message list answers another prompt than the one beside it."""
 
 
 class Encoded(NamedTuple):
@@ -94,21 +102,23 @@ def parse_prompt(prompt: Prompt) -> Messages:
 
     Args:
         prompt: a plain string, a string in which lines `<extra_id_1>Assistant` / `<extra_id_1>User` open new turns,
-            or a list of `{"role": "system" | "user" | "assistant", "content": str}`.
+            or a list of `{"role": "system" | "user" | "assistant" | "tool", "content": str}`. A content may be a list
+            of text parts; an assistant turn may have `tool_calls`. A single user message is read like a string.
 
     Raises:
         TypeError: the prompt, a message or a content has the wrong type.
-        ValueError: unknown role, no messages, or the last turn is not the user's.
+        ValueError: unknown role, a content part that is no text, no messages, or the last turn is not the user's (nor
+            that of a tool).
     """
     if isinstance(prompt, str):
         messages = _parse_markers(prompt)
     elif isinstance(prompt, Sequence):
-        messages = [_checked_message(message) for message in prompt]
+        messages = _unpacked([_checked_message(message) for message in prompt])
     else:
         raise TypeError(f"a prompt is a string or a list of messages, not {type(prompt).__name__}")
     if not messages:
         raise ValueError("the prompt has no messages")
-    if messages[-1]["role"] != "user":
+    if messages[-1]["role"] not in ASKING:
         raise ValueError(f"the prompt must end with a user turn, not with {messages[-1]['role']!r}")
     return messages
 
@@ -118,7 +128,7 @@ def response_text(response: Response) -> str:
 
     Raises:
         TypeError: neither a string nor a list of messages.
-        ValueError: the last message is not the assistant's.
+        ValueError: the last message is not the assistant's, or calls a tool.
     """
     if isinstance(response, str):
         return _clean(response)
@@ -129,39 +139,56 @@ def response_text(response: Response) -> str:
     message = _checked_message(response[-1])
     if message["role"] != "assistant":
         raise ValueError(f"the response must end with an assistant turn, not with {message['role']!r}")
+    if "tool_calls" in message:
+        raise ValueError("the response is a tool call, not a text")
     return message["content"]
 
 
 def turns_before_answer(prompt: Prompt, response: Response) -> Messages:
     """The turns that an answer was given to: those of the prompt, and those of a message list before its last answer.
 
-    The list may begin with the prompt's turns, which are not doubled, or go on after them with the assistant's.
+    The list may hold the prompt's turns, with others before and after them (its system turn may be missing), or go on
+    after them with the assistant's.
 
     Raises:
-        TypeError, ValueError: as `parse_prompt` and `response_text`; the list begins with another prompt, or its last
-            answer does not follow a user turn.
+        OtherPrompt: the list has turns before its answer, but not those of the prompt.
+        TypeError, ValueError: as `parse_prompt` and `response_text`; the last answer does not follow a user turn.
     """
     messages = parse_prompt(prompt)
     response_text(response)
-    earlier = [] if isinstance(response, str) else [_checked_message(message) for message in response[:-1]]
+    earlier = [] if isinstance(response, str) else _unpacked([_checked_message(message) for message in response[:-1]])
     if not earlier:
         return messages
-    # HelpSteer2_binarized packs a whole dialogue, markers included, into one user message.
-    packed = _parse_markers(earlier[0]["content"]) if [each["role"] for each in earlier] == ["user"] else []
-    if stripped_turns(messages) in (stripped_turns(earlier[: len(messages)]), stripped_turns(packed)):
-        rest = earlier[len(messages) :]
-    elif earlier[0]["role"] == "assistant":
-        rest = earlier
+    system = messages[:1] if messages[0]["role"] == "system" else []
+    given, turns = messages[len(system) :], earlier
+    if system and _turns(earlier[:1]) == _turns(system):
+        turns = earlier[1:]
+    known = not system or all(message["role"] != "system" for message in turns)  # not under another system prompt
+    wanted, held = _turns(given), _turns(turns)
+    starts = (start for start in range(len(held)) if held[start : start + len(wanted)] == wanted)
+    start = next(starts, None) if known else None
+    if start != 0 and earlier[0]["role"] == "assistant":  # it goes on, even where the user repeats the prompt later
+        context = [*messages, *earlier]
+    elif start is not None:
+        context = [*system, *turns[:start], *given, *turns[start + len(given) :]]
     else:
-        raise ValueError(f"the response answers {_shown(earlier)}, but the prompt is {_shown(messages)}")
-    if rest and rest[-1]["role"] != "user":
-        raise ValueError(f"the last answer of the response must follow a user turn, not {rest[-1]['role']!r}")
-    return [*messages, *rest]
+        raise OtherPrompt(f"the response answers {_shown(earlier)}, but the prompt is {_shown(messages)}")
+    if context[-1]["role"] not in ASKING:
+        raise ValueError(f"the last answer of the response must follow a user turn, not {context[-1]['role']!r}")
+    return context
 
 
-def stripped_turns(messages: Messages) -> list[tuple[str, str]]:
-    """Role and text of each turn; two prompts are the same if these are."""
-    return [(message["role"], message["content"].strip()) for message in messages]
+def stripped_turns(messages: Messages) -> list[tuple[str, ...]]:
+    """Role and text of each turn, and its tool calls where it has any; two prompts are the same if these are."""
+    return [
+        (message["role"], message["content"].strip(), *map(json.dumps, message.get("tool_calls", ())))
+        for message in messages
+    ]
+
+
+def _turns(messages: Messages) -> list[tuple[str, ...]]:
+    """As `stripped_turns`, without the markers that are taken out of a prompt and may still stand in a list."""
+    return stripped_turns([{**message, "content": STRAY_MARKER.sub("", message["content"])} for message in messages])
 
 
 def dialogue_messages(turns: Iterable[tuple[str, str]] | Messages) -> Messages:
@@ -213,6 +240,33 @@ def first_refused(tokenizer: "PreTrainedTokenizerBase", prompts: Sequence[Prompt
         except ValueError as error:
             return index, str(error)
     return None
+
+
+def calls_as_text(tokenizer: "PreTrainedTokenizerBase", messages: Messages) -> Messages:
+    """The same turns with their tool calls as the text that the chat template makes of them: the ids stay the same.
+
+    Raises:
+        ValueError: the template refuses the turns, does not show tool calls, or shows them in another way than as the
+            text of an assistant turn.
+    """
+    special = _special_tokens(tokenizer)
+    written = list(messages)
+    for place, message in enumerate(messages):
+        if "tool_calls" not in message:
+            continue
+        slot, whole = f"{_guard_for(written)}calls", _filled(tokenizer, written)
+        try:
+            frame = [*written[:place], {"role": "assistant", "content": slot}, *written[place + 1 :]]
+            before, _, after = _filled(tokenizer, frame).partition(slot)
+            text = whole[len(before) : len(whole) - len(after)]
+            as_text = [*written[:place], {"role": "assistant", "content": text}, *written[place + 1 :]]
+            same = _render(tokenizer, special, as_text) == _render(tokenizer, special, written)
+        except ValueError:  # no answer of a tool without its call
+            same = False
+        if not same:
+            raise ValueError("the chat template does not write tool calls as text")
+        written = as_text
+    return written
 
 
 def encode_batch(
@@ -319,13 +373,53 @@ def _parse_markers(text: str) -> Messages:
     return messages
 
 
-def _checked_message(message: Any) -> dict[str, str]:
-    if not isinstance(message, dict) or not isinstance(message.get("content"), str):
-        raise TypeError('a message is {"role": …, "content": …} with a string as content')
-    role = ROLE_NAMES.get(str(message.get("role")).lower())
+def _unpacked(messages: Messages) -> Messages:
+    """HelpSteer2_binarized packs whole dialogues, markers included, into one user message."""
+    if len(messages) == 1 and messages[0]["role"] == "user" and TURN_MARKER.search(messages[0]["content"]):
+        return _parse_markers(messages[0]["content"])
+    return messages
+
+
+def _checked_message(message: Any) -> dict[str, Any]:
+    """A message in our words; what else it holds, such as a name, is left aside. ShareGPT says `from` and `value`."""
+    if not isinstance(message, dict):
+        raise TypeError('a message is {"role": …, "content": …}')
+    name = message.get("from") if message.get("role") is None else message["role"]
+    role = ROLE_NAMES.get(str(name).lower())
     if role is None:
-        raise ValueError(f"unknown role {message.get('role')!r:.40}; known are {', '.join(ROLES)}")
-    return {"role": role, "content": _clean(message["content"])}
+        raise ValueError(f"unknown role {name!r:.40}; known are {', '.join(ROLES)}")
+    content = message.get("value") if message.get("content") is None else message["content"]
+    called = message.get("tool_calls") or message.get("function_call") or []  # the second one: OpenAI's earlier name
+    calls = [_checked_call(call) for call in (called if isinstance(called, list) else [called])]
+    if content is None and calls:
+        content = ""
+    if isinstance(content, list):
+        content = "\n".join(map(_part_text, content))  # as vLLM does for models of text alone
+    if not isinstance(content, str):
+        raise TypeError('a message is {"role": …, "content": …} with a string as content')
+    return {"role": role, "content": _clean(content), **({"tool_calls": calls} if calls else {})}
+
+
+def _part_text(part: Any) -> str:
+    kind = part.get("type") if isinstance(part, dict) else type(part).__name__
+    if kind not in TEXT_PARTS or not isinstance(part.get("text"), str):
+        raise ValueError(f"a content part is {kind!r:.40}; only text can be read")
+    return part["text"]
+
+
+def _checked_call(call: Any) -> dict[str, Any]:
+    """A tool call in the form that chat templates take: OpenAI's, whose arguments are JSON text there."""
+    try:
+        function = call.get("function") or call
+        arguments = function["arguments"]
+        arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+        # Arrow gives every call the arguments of all calls in its column, most of them empty.
+        arguments = {name: value for name, value in arguments.items() if value is not None}
+        known = {"type": "function", "function": {"name": str(function["name"]), "arguments": arguments}}
+        known = json.loads(_clean(json.dumps({"id": call.get("id"), **known}, ensure_ascii=False)))
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
+        raise ValueError("a tool call has no name, or no arguments by name") from error
+    return {name: value for name, value in known.items() if value is not None}
 
 
 def _shown(messages: Messages) -> str:
@@ -349,9 +443,62 @@ def _special_tokens(tokenizer: "PreTrainedTokenizerBase") -> re.Pattern[str]:
 
 
 def _guard_for(messages: Messages) -> str:
-    """A string that occurs in none of the contents: one GUARD more than their longest run of it."""
-    runs = (len(run) for message in messages for run in re.findall(f"{GUARD}+", message["content"]))
+    """A string that occurs nowhere in the messages: one GUARD more than their longest run of it."""
+    runs = (len(run) for text in _texts(messages) for run in re.findall(f"{GUARD}+", text))
     return GUARD * (1 + max(runs, default=0))
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All strings in nested lists and objects."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        yield from _texts([*value, *value.values()])
+    elif isinstance(value, list):
+        for each in value:
+            yield from _texts(each)
+
+
+def _changed_texts(value: Any, change: Callable[[str], str]) -> Any:
+    """Nested lists and objects with `change` made to all strings."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {change(name): _changed_texts(each, change) for name, each in value.items()}
+    return [_changed_texts(each, change) for each in value] if isinstance(value, list) else value
+
+
+def _filled(tokenizer: "PreTrainedTokenizerBase", messages: Messages) -> str:
+    """The chat template filled with `messages`.
+
+    Raises:
+        ValueError: the template refuses them, or passes over what tools are asked or say.
+    """
+    try:
+        # Most templates pass over what they do not know, so it is looked for by words that nothing else has.
+        marked, words = _with_marked_tools(messages)
+        shown = str(tokenizer.apply_chat_template(marked, tokenize=False)) if words else ""
+        for word, what in words.items():
+            if word not in shown:
+                raise ValueError(f"the chat template does not show {what}")
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except (jinja2.TemplateError, TypeError) as error:  # the second one: arguments of a tool in another form
+        raise ValueError(f"the chat template refuses these messages ({error})") from error
+
+
+def _with_marked_tools(messages: Messages) -> tuple[Messages, dict[str, str]]:
+    """The messages with a word of its own in place of each tool's name and answer; these words, and what they mean."""
+    marked: Messages = []
+    words: dict[str, str] = {}
+    for message in messages:
+        word = f"{GUARD}{len(marked)}{GUARD}"
+        if "tool_calls" in message:
+            calls = [{**call, "function": {**call["function"], "name": word}} for call in message["tool_calls"]]
+            message, words[word] = {**message, "tool_calls": calls}, "tool calls"
+        elif message["role"] == "tool":
+            message, words[word] = {**message, "content": word}, "what tools say"
+        marked.append(message)
+    return marked, words
 
 
 def _render(tokenizer: "PreTrainedTokenizerBase", special: re.Pattern[str], messages: Messages) -> tuple[Frame, Frame]:
@@ -362,13 +509,13 @@ def _render(tokenizer: "PreTrainedTokenizerBase", special: re.Pattern[str], mess
     guard = _guard_for(messages)
     slot = f"{guard}response{guard}"
     protected = [
-        {**message, "content": special.sub(lambda match: match[0][0] + guard + match[0][1:], message["content"])}
+        {
+            **_changed_texts(message, lambda text: special.sub(lambda match: match[0][0] + guard + match[0][1:], text)),
+            "role": message["role"],
+        }
         for message in messages
     ]
-    try:
-        text = str(tokenizer.apply_chat_template([*protected, {"role": "assistant", "content": slot}], tokenize=False))
-    except jinja2.TemplateError as error:
-        raise ValueError(f"the chat template refuses these messages ({error})") from error
+    text = _filled(tokenizer, [*protected, {"role": "assistant", "content": slot}])
     if text.count(slot) != 1:
         raise ValueError("the chat template does not show the assistant's answer exactly once")
     before, after = text.split(slot)

@@ -19,6 +19,7 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from reward_pipeline.conversations import (
+    ASKING,
     Messages,
     Prompt,
     Response,
@@ -317,17 +318,21 @@ class RewardModelEvaluator:
         """Reward of every answer of a dialogue, each with the turns before it as context.
 
         Args:
-            turns: a message list, whose system turns are context, or (user text, answer) pairs; in the order of the
-                dialogue. Here the texts are taken literally.
+            turns: a message list, whose system and tool turns are context, and tool calls too, or (user text, answer)
+                pairs; in the order of the dialogue.
 
         Raises:
             TypeError: they are neither.
             ValueError: as `get_reward_scores`; an answer of a message list does not follow a user turn.
         """
         messages = dialogue_messages(turns)
-        answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
+        answers = [
+            place
+            for place, message in enumerate(messages)
+            if message["role"] == "assistant" and "tool_calls" not in message
+        ]
         for place in answers:
-            if not place or messages[place - 1]["role"] != "user":
+            if not place or messages[place - 1]["role"] not in ASKING:
                 raise ValueError(f"turn {place}: an answer follows a user turn, and this one does not")
         return self.get_reward_scores(
             [messages[:place] for place in answers], [messages[place]["content"] for place in answers]

@@ -1,9 +1,10 @@
 """Rows as published elsewhere get our columns: one table of layouts, recognised by their columns.
 
-What `schemas.py` reads is `prompt`, `chosen` and `rejected`, or raw rows with one answer each; their texts and messages
-are checked there. Here columns are found, sides are ordered by what the labels say, and rankings are taken apart.
+What `schemas.py` reads is `prompt`, `chosen` and `rejected`, or `prompt`, `response` and `score`; their texts and
+messages are checked there. Here columns are found, sides are ordered by what the labels say, and rankings taken apart.
 """
 
+import contextlib
 import itertools
 import math
 import re
@@ -11,12 +12,21 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from reward_pipeline.conversations import Messages
-from reward_pipeline.sources import BadRow, Row
+from reward_pipeline.files import InputError
+from reward_pipeline.sources import ROWS, BadRow, Row
+from reward_pipeline.transcripts import answered_turns, from_text, listed_messages, without_end
 
 ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")  # of a raw HelpSteer2 row
 PROMPT = "prompt|question|instruction|input|query"
-SPOKEN_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")  # as hh-rlhf and Nectar write dialogues
-SIDE_NAME = re.compile(r"(?:model|answer|response|assistant|option|conversation)?[ _]?([ab])")
+SCORE = "score|rating|reward|label"
+LABEL = "choice|winner|preferred|preference|label"
+ANSWER_A = "answer_a|response_a|output_a|answer_1|response_1|output_1"
+ANSWER_B = "answer_b|response_b|output_b|answer_2|response_2|output_2"
+LISTS = ("answers", "completions", "generations", "responses", "ratings", "rating", "generation_models", "history")
+SPOKEN_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")  # as hh-rlhf writes dialogues
+DECIMAL_COMMA = re.compile(r"\s*[-+]?\d*,(?!\d{3}\s*\Z)\d+\s*")  # with three digits it may be one between thousands
+SHOWN_COLUMNS = 20  # in a message
+SIDE = r"(?:model|answer|response|output|assistant|option|conversation)?[ _]?"
 
 Values = dict[str, Any]
 
@@ -33,6 +43,13 @@ class Layout(NamedTuple):
 
 def recognised(row: Values) -> Layout | None:
     """The first layout whose columns the row has."""
+    try:
+        return _layout(_cells(row))
+    except BadRow:
+        return None
+
+
+def _layout(row: Values) -> Layout | None:
     return next(
         (
             layout
@@ -44,22 +61,96 @@ def recognised(row: Values) -> Layout | None:
 
 
 def in_our_columns(rows: Iterable[Row]) -> Iterator[Row]:
-    """Rows of any layout as rows of ours, several for a ranking; those of no known layout pass unchanged."""
+    """Rows of any layout as rows of ours, several for a ranking; those of no known layout get a reason."""
+    unknown: dict[str, str] = {}  # one reason for each column that is missing, with what the first such row has
     for row in rows:
+        if row.problem:
+            yield row
+            continue
         try:
-            for values in [row.values] if row.problem else _read(row.values):
-                yield row._replace(values=values)
+            values = _cells(row.values)
+            layout = _layout(values)
+            if layout is None:
+                missing = next((name for name in ("chosen", "rejected") if name not in values), "prompt")
+                reason = f"missing column {missing}: there are {shown_columns(row.values)} (--columns takes other names)"
+                yield row._replace(problem=unknown.setdefault(missing, reason))
+            else:
+                yield from (row._replace(values=each) for each in _read(layout, values))
         except BadRow as error:
             yield row._replace(problem=str(error))
+        except RecursionError:  # what JSON lines and Parquet let through is as deep as their parsers go
+            yield row._replace(problem="nested too deeply")
 
 
-def _read(row: Values) -> list[Values]:
-    layout = recognised(row)
-    if layout is None or layout.read is _unchanged:
+def shown_columns(row: Values) -> str:
+    """Names of the columns of a row, for a message."""
+    names = [f"{name:.40}" for name in row][:SHOWN_COLUMNS]
+    return ", ".join(names + ["…"] * (len(row) > SHOWN_COLUMNS)) or "none"
+
+
+def renamed(rows: Iterable[Row], columns: Sequence[str]) -> Iterator[Row]:
+    """Rows whose columns are named by `prompt=question` and the like: our name, and theirs (dots lead into objects).
+
+    Raises:
+        InputError: none of the first rows has a column of that name, or one of ours is named twice.
+    """
+    if not columns:
+        yield from rows
+        return
+    names = dict(each.split("=", 1) for each in columns)
+    if len(names) < len(columns):
+        raise InputError(f"--columns {' '.join(columns)}: names a column twice")
+    missing, last, number = set(names.values()), None, 0
+    for row in rows:
+        if row.problem is None:
+            number, last = number + 1, row
+            found = {ours: value for ours, path in names.items() if (value := _at(row.values, path)) is not None}
+            missing -= {names[ours] for ours in found}
+            if missing and number >= ROWS:
+                break
+            others = {name: value for name, value in row.values.items() if name not in {*names, *names.values()}}
+            row = row._replace(values={**others, **found})
+        yield row
+    if missing and last is not None:
+        place = last.location if number == 1 else f"{last.location} and those before it"
+        raise InputError(
+            f"--columns: no column {', '.join(sorted(missing))} in {place}; there are {shown_columns(last.values)}"
+        )
+
+
+def _at(row: Values, path: str) -> Any:
+    """The value of a column, or of a field in it; None without it."""
+    if path in row:
+        return row[path]
+    value: Any = row
+    for name in path.split("."):
+        try:
+            value = value[int(name)] if isinstance(value, list) else value[name]
+        except (KeyError, IndexError, TypeError, ValueError):
+            return None
+    return value
+
+
+def _cells(row: Values) -> Values:
+    """A row with the message lists in it as such, whatever the container made of them.
+
+    Its names are as we write them too: a table made by hand may say `Prompt` or `Chosen rating`.
+    """
+    cells = {name: listed_messages(value) for name, value in row.items()}
+    cells = {**{name.strip().lower().replace(" ", "_"): value for name, value in cells.items()}, **cells}
+    for name in LISTS:  # of other things than messages
+        if isinstance(text := cells.get(name), str) and text.lstrip().startswith("["):
+            with contextlib.suppress(ValueError):  # a text then
+                cells[name] = from_text(text)
+    return cells
+
+
+def _read(layout: Layout, row: Values) -> list[Values]:
+    if layout.read is _unchanged:
         return [row]
     for names in layout.columns:
-        if _is_empty(_first(row, names)):
-            raise BadRow(f"column {next(name for name in names.split('|') if name in row)} is empty")
+        if is_empty(_first(row, names)):
+            raise BadRow(f"column {_found(row, names)} is empty")
     try:
         return layout.read(row)
     except BadRow:
@@ -69,11 +160,13 @@ def _read(row: Values) -> list[Values]:
 
 
 def number(value: Any, name: str = "rating") -> float:
-    """A finite number, also from text.
+    """A finite number, also from text, with a point or a comma before its decimals.
 
     Raises:
         BadRow: `name` is not one.
     """
+    if isinstance(value, str) and DECIMAL_COMMA.fullmatch(value):
+        value = value.replace(",", ".")
     try:
         found = math.nan if isinstance(value, bool) else float(value)  # True is no rating, though float takes it
     except (TypeError, ValueError, OverflowError):  # the last one: an integer with more digits than a float has
@@ -83,8 +176,14 @@ def number(value: Any, name: str = "rating") -> float:
     return found
 
 
-def _is_empty(value: Any) -> bool:
+def is_empty(value: Any) -> bool:
+    """Whether a cell holds nothing."""
     return value is None or value == "" or (isinstance(value, float) and math.isnan(value))  # NaN: of pandas
+
+
+def _found(row: Values, names: str) -> str:
+    """Which of these names the row has."""
+    return next(name for name in names.split("|") if name in row)
 
 
 def _first(row: Values, names: str) -> Any:
@@ -94,36 +193,20 @@ def _first(row: Values, names: str) -> Any:
 # --- messages --------------------------------------------------------------------------------------------------------
 
 
-def _messages(value: Any) -> Any:
-    """Messages that say `from` and `value` in the usual words; one alone is a list of one, and text stays text."""
-    if isinstance(value, str):
-        return value
-    return [
-        {
-            **message,
-            "role": message.get("from") if message.get("role") is None else message["role"],
-            "content": message.get("value") if message.get("content") is None else message["content"],
-        }
-        for message in ([value] if isinstance(value, dict) else value)
-    ]
-
-
 def _dialogue(text: str) -> Messages:
-    """Messages of a text in which `Human:` and `Assistant:` open the turns."""
-    first, *rest = SPOKEN_TURN.split(text)
-    if first.strip() or not rest:
-        raise BadRow("text is not a dialogue of Human: and Assistant: turns")
-    return [
-        {"role": role.lower(), "content": content.strip()} for role, content in zip(rest[::2], rest[1::2], strict=True)
-    ]
+    """Turns of a transcript that ends with an answer.
 
-
-def _prompt_of_dialogue(text: str) -> str | Messages:
-    """As `_dialogue`, without the last `Assistant:`, which only asks for the answer; other text stays as it is."""
-    if not SPOKEN_TURN.match(text):
-        return text
-    messages = _dialogue(text)
-    return messages if messages[-1]["content"] else messages[:-1]
+    In hh-rlhf a turn may be empty, and one role may have two after each other, which no other transcript is let do.
+    """
+    if SPOKEN_TURN.match(text):
+        _, *parts = SPOKEN_TURN.split(text)
+        return [
+            {"role": role.lower(), "content": without_end(content).strip()}
+            for role, content in zip(parts[::2], parts[1::2], strict=True)
+        ]
+    if turns := answered_turns(text):
+        return turns
+    raise BadRow("text is not the transcript of a dialogue")
 
 
 # --- labels ----------------------------------------------------------------------------------------------------------
@@ -143,14 +226,16 @@ def _side_of_flag(row: Values, column: str) -> int:
     return int(flag)
 
 
-def _side_of_name(row: Values, names: str) -> int:
-    said = str(_first(row, names)).strip().lower()
-    if said.startswith("tie") or said in ("both", "neither", "equal", "same", "draw"):
+def _side_of_name(row: Values, names: str, sides: str = "ab") -> int:
+    """The better one of two that are called by the letters, or by the numbers, of `sides`; also `A>B` and `[[A]]`."""
+    said = str(_first(row, names)).strip(" []").removesuffix(".0").lower()
+    one, other = sides[0], sides[1]
+    if said.startswith("tie") or said in ("both", "neither", "equal", "same", "draw", f"{one}={other}"):
         raise BadRow("tie")
-    side = SIDE_NAME.fullmatch(said)
+    side = re.fullmatch(rf"{SIDE}([{sides}])(?:>+{SIDE}[{sides}])?", said)
     if side is None:
-        raise BadRow(f"{next(name for name in names.split('|') if name in row)} is neither a, b nor a tie")
-    return "ab".index(side[1])
+        raise BadRow(f"{_found(row, names)} is neither {one}, {other} nor a tie")
+    return sides.index(side[1])
 
 
 def _pair(row: Values, prompt: Any, answers: Sequence[Any], better: int, authors: Sequence[Any] = (None, None)) -> list:
@@ -186,17 +271,23 @@ def _sides(chosen: str, rejected: str) -> Callable[[Values], list[Values]]:
     return lambda row: _pair(row, _first(row, PROMPT), (row[chosen], row[rejected]), 0)
 
 
+def _asked(row: Values) -> Any:
+    """The prompt; as LLaMA-Factory joins them, the `input` of an instruction stands below it."""
+    asked, below = _first(row, PROMPT), row.get("input")
+    return f"{asked}\n{below}" if _found(row, PROMPT) == "instruction" and isinstance(asked, str) and below else asked
+
+
 def _alpaca(row: Values) -> list[Values]:
-    """As LLaMA-Factory joins them: `history` has earlier turns, [asked, answered] each, and `input` goes below."""
-    asked = "\n".join(text for text in (row["instruction"], row.get("input")) if text)
+    """`history` has earlier turns, [asked, answered] each."""
+    asked = _asked({name: value for name, value in row.items() if name in ("instruction", "input")})
     texts = [text for turn in row.get("history") or [] for text in turn] + [asked]
     turns = [{"role": role, "content": text} for role, text in zip(itertools.cycle(("user", "assistant")), texts)]
     return _pair(row, turns if len(turns) > 1 else asked, (row["chosen"], row["rejected"]), 0)
 
 
 def _conversation(row: Values) -> list[Values]:
-    asked = _messages(_first(row, "conversations|messages|context"))
-    return _pair(row, asked, (_messages(row["chosen"]), _messages(row["rejected"])), 0)
+    asked = _first(row, "conversations|messages|context")
+    return _pair(row, asked, (row["chosen"], row["rejected"]), 0)
 
 
 def _hh(row: Values) -> list[Values]:
@@ -205,8 +296,8 @@ def _hh(row: Values) -> list[Values]:
 
 
 def _swift(row: Values) -> list[Values]:
-    messages = _messages(row["messages"])
-    return _pair(row, messages[:-1], (messages[-1:], _messages(_first(row, "rejected_response|rejected_messages"))), 0)
+    messages = row["messages"]
+    return _pair(row, messages[:-1], (messages[-1:], _first(row, "rejected_response|rejected_messages")), 0)
 
 
 def _helpsteer2_preference(row: Values) -> list[Values]:
@@ -231,7 +322,7 @@ def _shp(row: Values) -> list[Values]:
 
 def _nectar(row: Values) -> list[Values]:
     ranked = [(-number(each["rank"], "rank"), each["answer"], each.get("model")) for each in row["answers"]]
-    return _ranking(row, _prompt_of_dialogue(row["prompt"]), ranked)
+    return _ranking(row, row["prompt"], ranked)
 
 
 def _nemo(row: Values) -> list[Values]:
@@ -241,7 +332,7 @@ def _nemo(row: Values) -> list[Values]:
 
 def _arena(row: Values) -> list[Values]:
     better = _side_of_name(row, "winner")
-    dialogues = [_messages(row["conversation_a"]), _messages(row["conversation_b"])]
+    dialogues = row["conversation_a"], row["conversation_b"]
     return _pair(row, dialogues[better][:-1], dialogues, better, (row.get("model_a"), row.get("model_b")))
 
 
@@ -252,18 +343,52 @@ def _rated_answers(row: Values) -> list[Values]:
     rated = [
         (number(rating), answer, model)
         for answer, rating, model in zip(answers, ratings, models, strict=True)
-        if not _is_empty(rating)
+        if not is_empty(rating)
     ]
     return _ranking(row, _first(row, PROMPT), rated, rated=True)
 
 
 def _labelled(row: Values) -> list[Values]:
-    better = _side_of_name(row, "choice|winner|preferred|preference|label")
-    answers = _first(row, "answer_a|response_a"), _first(row, "answer_b|response_b")
-    return _pair(row, _first(row, PROMPT), answers, better, (row.get("model_a"), row.get("model_b")))
+    names = _found(row, ANSWER_A), _found(row, ANSWER_B)
+    sides = "ab" if names[0].endswith("a") else "12"
+    better = _side_of_name(row, LABEL, sides)
+    authors = [row.get(f"model_{side}") for side in sides]
+    return _pair(row, _asked(row), [row[name] for name in names], better, authors)
+
+
+def _sets(row: Values) -> list[Values]:
+    chosen, rejected = row["chosen"], row["rejected"]
+    return [pair for texts in itertools.product(chosen, rejected) for pair in _pair(row, row["prompt"], texts, 0)]
+
+
+def _ultrafeedback(row: Values) -> list[Values]:
+    rated = [(number(each["overall_score"]), each["response"], each.get("model")) for each in row["completions"]]
+    return _ranking(row, _asked(row), rated, rated=True)
+
+
+def _attributes(row: Values) -> list[Values]:
+    """The score of a raw HelpSteer2 row is the mean of its attributes (0-4, steps of 0.2)."""
+    return [{**row, "score": sum(number(row[name]) for name in ATTRIBUTES) / len(ATTRIBUTES)}]
+
+
+def _scored(row: Values) -> list[Values]:
+    score = _first(row, SCORE)
+    answer = {"response": _first(row, "response|completion|answer|output")}
+    rating = float(score) if isinstance(score, bool) else number(score)  # TRL's unpaired preferences: desirable or not
+    return [{**row, **answer, "prompt": _asked(row), "score": rating}]
 
 
 LAYOUTS = (
+    Layout(
+        "RewardBench 2",
+        "a list of answers a side, every pair of them",
+        ("prompt", "chosen", "rejected"),
+        _sets,
+        lambda row: all(
+            isinstance(row[side], list) and row[side] and all(isinstance(text, str) for text in row[side])
+            for side in ("chosen", "rejected")
+        ),
+    ),
     Layout("TRL, explicit prompt", "a prompt and two answers", ("prompt", "chosen", "rejected"), _unchanged),
     Layout(
         "LLaMA-Factory alpaca",
@@ -277,7 +402,7 @@ LAYOUTS = (
         "turns, and two answers as one message each",
         ("conversations|messages", "chosen", "rejected"),
         _conversation,
-        lambda row: isinstance(row["chosen"], dict),
+        lambda row: isinstance(row["chosen"], list) and len(row["chosen"]) == 1,
     ),
     Layout(
         "Orca",
@@ -290,7 +415,9 @@ LAYOUTS = (
         "a dialogue in one string a side",
         ("chosen", "rejected"),
         _hh,
-        lambda row: isinstance(row["chosen"], str) and bool(SPOKEN_TURN.match(row["chosen"])),
+        lambda row: (
+            isinstance(row["chosen"], str) and bool(SPOKEN_TURN.match(row["chosen"]) or answered_turns(row["chosen"]))
+        ),
     ),
     Layout(
         "TRL, implicit prompt",
@@ -336,6 +463,13 @@ LAYOUTS = (
         lambda row: isinstance(row["answers"], list),
     ),
     Layout("NeMo-RL", "completions with ranks, every pair of them", ("context", "completions"), _nemo),
+    Layout(
+        "UltraFeedback",
+        "completions with an overall score, every pair of them",
+        (PROMPT, "completions"),
+        _ultrafeedback,
+        lambda row: isinstance(row["completions"], list),
+    ),
     Layout("Chatbot Arena", "two dialogues and a winner", ("conversation_a", "conversation_b", "winner"), _arena),
     Layout(
         "Distilabel",
@@ -345,11 +479,20 @@ LAYOUTS = (
     ),
     Layout(
         "labelled answers",
-        "two answers, and a or b for the better one",
-        (PROMPT, "answer_a|response_a", "answer_b|response_b", "choice|winner|preferred|preference|label"),
+        "two answers, and a or b (1 or 2) for the better one",
+        (PROMPT, ANSWER_A, ANSWER_B, LABEL),
         _labelled,
     ),
     Layout(
-        "HelpSteer2", "an answer and five attributes, two rows a pair", ("prompt", "response", *ATTRIBUTES), _unchanged
+        "HelpSteer2",
+        "an answer and five attributes, every pair of a prompt's answers",
+        ("prompt", "response", *ATTRIBUTES),
+        _attributes,
+    ),
+    Layout(
+        "scored answers",
+        "an answer and its score, every pair of a prompt's answers",
+        (PROMPT, "response|completion|answer|output", SCORE),
+        _scored,
     ),
 )

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from datasets import Dataset
 
-from reward_pipeline.conversations import Messages, first_refused, response_text, stripped_turns
+from reward_pipeline.conversations import Messages, calls_as_text, first_refused, response_text, stripped_turns
 from reward_pipeline.files import InputError
 from reward_pipeline.layouts import recognised
 from reward_pipeline.schemas import checked_pairs
@@ -26,7 +26,10 @@ EXAMPLES = 3  # places kept of each reason to drop a pair
 def readable_pairs(
     rows: Iterable[Row], tokenizer: "PreTrainedTokenizerBase"
 ) -> Iterator[tuple[Row, dict[str, Any] | None, str | None]]:
-    """As `checked_pairs`, without pairs whose turns the chat template refuses; some know no system turns."""
+    """As `checked_pairs`, with tool calls as the text that the chat template makes of them.
+
+    Pairs whose turns it refuses have that reason: some templates know no system turns, most no tools.
+    """
 
     @functools.cache  # what a template refuses is an order of roles, and there are few
     def refusal(roles: tuple[str, ...]) -> str | None:
@@ -34,8 +37,15 @@ def readable_pairs(
         return refused[1] if refused else None
 
     for row, pair, reason in checked_pairs(rows):
-        refused = refusal(tuple(message["role"] for message in pair["prompt"])) if pair else None
-        yield (row, None, refused) if refused else (row, pair, reason)
+        if pair:
+            try:
+                pair["prompt"] = calls_as_text(tokenizer, pair["prompt"])
+                reason = refusal(tuple(message["role"] for message in pair["prompt"]))
+            except ValueError as error:
+                reason = str(error)
+            except RecursionError:  # arguments of a tool, to the depth that JSON may have
+                reason = "nested too deeply"
+        yield row, None if reason else pair, reason
 
 
 def pair_keys(pair: dict[str, Any]) -> dict[str, Any]:
@@ -141,7 +151,8 @@ def split_by_prompt(prompt_key: np.ndarray, share: float, seed: int) -> tuple[np
     """
     _, prompt, sizes = np.unique(prompt_key, return_inverse=True, return_counts=True)
     if len(sizes) < 2:
-        raise InputError("all pairs share one prompt; at least two are needed for a training and a validation split")
+        what = "all pairs share one prompt" if len(prompt) > 1 else "only one pair is usable"
+        raise InputError(f"{what}; at least two prompts are needed for a training and a validation split")
     # Training rounds down, but not to nothing: 8,678 pairs give 6,942 and 1,736.
     wanted = len(prompt_key) - max(1, int(len(prompt_key) * (1 - share)))
     order, taken = list(range(len(sizes))), 0

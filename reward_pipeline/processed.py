@@ -7,7 +7,7 @@ in memory together.
 import hashlib
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from reward_pipeline.form import (
     form_margins,
     longer_wins,
 )
+from reward_pipeline.layouts import renamed
 from reward_pipeline.models import ModelSource, load_tokenizer
 from reward_pipeline.negatives import mismatched_pairs
 from reward_pipeline.pairs import Tally, is_validation_prompt, pair_keys, readable_pairs, text_hash, unique_pairs
@@ -232,9 +233,11 @@ def stream_pairs(
     validation_share: float,
     seed: int,
     validation: bool,
+    columns: Sequence[str] = (),
 ) -> Iterator[dict[str, Any]]:
     """Usable pairs of the training or of the validation side, with their keys, from the source's beginning on."""
-    for row, pair, _ in readable_pairs(open_source(source, split, streaming=True).rows, tokenizer):
+    rows = renamed(open_source(source, split, streaming=True).rows, columns)
+    for row, pair, _ in readable_pairs(rows, tokenizer):
         if pair:
             keys = pair_keys(pair)
             if is_validation_prompt(keys["prompt_key"], validation_share, seed) == validation:
@@ -249,6 +252,7 @@ def stream_ids(
     validation_share: float,
     mismatched_share: float,
     seed: int,
+    columns: Sequence[str] = (),
 ) -> IterableDataset:
     """Token ids and places of the training pairs as a stream without end: over the source again and again.
 
@@ -264,6 +268,7 @@ def stream_ids(
     arguments = {
         "source": source,
         "split": split,
+        "columns": tuple(columns),  # `datasets` deals the items of a list out to processes
         "tokenizer": tokenizer,
         "validation_share": validation_share,
         "seed": seed,
@@ -294,6 +299,7 @@ def stream_processed(
     validation_share: float,
     mismatched_share: float,
     seed: int,
+    columns: Sequence[str] = (),
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """What `load_processed` returns, straight from a source: nothing is written.
 
@@ -307,6 +313,7 @@ def stream_processed(
         validation_share: of the prompts, for the validation side.
         mismatched_share: of the training pairs, so many more with the answer to another prompt.
         seed: of the split and of the order.
+        columns: names of columns, as `layouts.renamed` takes them.
 
     Returns:
         `train`, a stream of `STREAM_FEATURES`, and `validation`, a dataset in memory; the metadata.
@@ -317,14 +324,14 @@ def stream_processed(
     check_split([source], split)
     tokenizer = load_tokenizer(model.path)
     sides = (source, split, tokenizer, validation_share, seed)
-    held_out = list(itertools.islice(stream_pairs(*sides, validation=True), validation_pairs))
+    held_out = list(itertools.islice(stream_pairs(*sides, validation=True, columns=columns), validation_pairs))
     if not held_out:
         raise InputError(f"{source}: no usable validation pair; load_helpsteer_dataset.py --source names the reasons")
     pairs = Dataset.from_list(held_out, features=Features({**PAIR_FEATURES, **KEY_FEATURES}))
     keys = whole_columns(pairs, list(KEY_FEATURES))
     seen = digest(keys["pair_key"], keys["swapped"])
     splits = {
-        "train": stream_ids(source, split, tokenizer, max_length, validation_share, mismatched_share, seed),
+        "train": stream_ids(source, split, tokenizer, max_length, validation_share, mismatched_share, seed, columns),
         "validation": tokenize_pairs(pairs, tokenizer, max_length, "validation"),
     }
     origin = open_source(source, split, streaming=True).origin
@@ -442,8 +449,11 @@ def load_processed(directory: str) -> tuple[DatasetDict, dict[str, Any]]:
     return splits, metadata
 
 
-def read_pairs(name: str, split: str | None = None) -> Dataset:
+def read_pairs(name: str, split: str | None = None, columns: Sequence[str] = ()) -> Dataset:
     """Pairs of a processed directory (its validation split) or of any source, without the unusable rows.
+
+    Args:
+        columns: names of a source's columns, as `layouts.renamed` takes them.
 
     Returns:
         `PAIR_FEATURES`.
@@ -452,11 +462,14 @@ def read_pairs(name: str, split: str | None = None) -> Dataset:
         InputError: no usable pair, or the source can not be read.
     """
     if (Path(name) / "metadata.json").is_file():
+        if columns:
+            raise InputError(f"{name}: holds prepared data, whose columns are known; leave --columns out")
         splits, _ = load_processed(name)
         return processed_pairs(splits, name, pick_split(name, list(splits), split or "validation"))
     pairs, dropped = [], 0
-    for row, pair, _ in checked_pairs(open_source(name, split).rows):
-        if pair:
+    for row, pair, _ in checked_pairs(renamed(open_source(name, split).rows, columns)):
+        # Tool calls become text by the template of one model, and here there may be several.
+        if pair and not any("tool_calls" in message for message in pair["prompt"]):
             pairs.append({**pair, "place": row.location})
         else:
             dropped += 1

@@ -8,76 +8,102 @@
 }
 """
 
+import hashlib
+import json
+import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from reward_pipeline.conversations import Messages, parse_prompt, response_text, stripped_turns
-from reward_pipeline.layouts import ATTRIBUTES, in_our_columns, number
+from reward_pipeline.conversations import (
+    Messages,
+    OtherPrompt,
+    parse_prompt,
+    response_text,
+    stripped_turns,
+    turns_before_answer,
+)
+from reward_pipeline.layouts import in_our_columns, is_empty, number
 from reward_pipeline.settings import readable_text
 from reward_pipeline.sources import BadRow, Row
+from reward_pipeline.transcripts import read_transcripts
 
-RATING_COLUMNS = {"chosen": ("chosen_rating", "chosen_score"), "rejected": ("rejected_rating", "rejected_score")}
-CATEGORY_COLUMNS = ("category", "subset", "domain")  # names under which sources tell what kind of prompt a pair has
-AUTHOR_COLUMNS = {side: (f"{side}_author", f"{side}_model", f"{side}-model") for side in ("chosen", "rejected")}
+
+def _spelled(*names: str) -> tuple[str, ...]:
+    """Names of columns, with underscores and with hyphens."""
+    return tuple(dict.fromkeys(each for name in names for each in (name, name.replace("_", "-"))))
+
+
+# Names under which sources have what a pair may have besides its texts, the first ones first.
+RATINGS = ("{}_rating", "{}_score", "rating_{}", "score_{}", "{}_avg_rating")
+RATING_COLUMNS = {side: _spelled(*(name.format(side) for name in RATINGS)) for side in ("chosen", "rejected")}
+AUTHOR_COLUMNS = {side: _spelled(f"{side}_author", f"{side}_model") for side in ("chosen", "rejected")}
+SYSTEM_COLUMNS = _spelled("system", "system_prompt", "system_message")
+CATEGORY_COLUMNS = ("category", "subset", "domain")
 
 
 def join_raw_rows(rows: Iterable[Row]) -> Iterator[Row]:
-    """Binarise raw HelpSteer2 rows; rows that are pairs already pass unchanged.
+    """Binarise rows with one answer and its score each; rows that are pairs already pass unchanged.
 
-    Two consecutive rows with one prompt become a pair, rated by the mean of the five attributes (0-4, steps of 0.2);
-    the better one is the chosen one. (HelpSteer2, arXiv 2406.08673, rates two answers to each prompt.)
+    Answers to one prompt, under one system prompt, become every pair that their scores imply, wherever the rows stand:
+    two of them are one pair, as in the binarised HelpSteer2 (arXiv 2406.08673), k of them k (k - 1) / 2, as in
+    InstructGPT (arXiv 2203.02155). Earlier answers wait in a temporary file, so they may be more than memory holds.
     """
-    waiting = None
+    answers = None
     for row in rows:
-        if row.problem is None and "response" in row.values and "chosen" not in row.values:
-            if waiting is None:
-                waiting = row
-            elif _same_prompt(waiting, row):
-                yield _raw_pair(waiting, row)
-                waiting = None
-            else:
-                yield waiting._replace(problem="no second response to the prompt")
-                waiting = row
-        else:
+        if row.problem or "response" not in row.values or "chosen" in row.values:
             yield row
-    if waiting is not None:
-        yield waiting._replace(problem="no second response to the prompt")
+            continue
+        if answers is None:
+            answers = sqlite3.connect("", check_same_thread=False)  # without a name: on the disk, gone when closed
+            answers.execute("CREATE TABLE answers (prompt BLOB, place TEXT, answer TEXT)")
+            answers.execute("CREATE INDEX prompts ON answers (prompt)")
+        try:
+            key, answer = _raw_answer(row.values)
+        except BadRow as error:
+            yield row._replace(problem=str(error))
+            continue
+        except RecursionError:  # lists in lists in lists
+            yield row._replace(problem="nested too deeply")
+            continue
+        earlier = answers.execute("SELECT place, answer FROM answers WHERE prompt = ? ORDER BY rowid", (key,))
+        for place, other in earlier.fetchall():
+            pair = sorted((json.loads(other), json.loads(answer)), key=lambda each: -each["score"])
+            yield Row(place, _raw_pair(row.values, *pair))
+        answers.execute("INSERT INTO answers VALUES (?, ?, ?)", (key, row.location, answer))
+    if answers:
+        alone = "SELECT MIN(place) FROM answers GROUP BY prompt HAVING COUNT(*) = 1 ORDER BY MIN(rowid)"
+        yield from (Row(place, {}, "no second response to the prompt") for (place,) in answers.execute(alone))
+        answers.close()
 
 
-def _same_prompt(first: Row, second: Row) -> bool:
-    try:
-        return first.values.get("prompt") == second.values.get("prompt")
-    except RecursionError:  # lists in lists in lists, which compare level by level
-        return False
+def _raw_answer(row: dict[str, Any]) -> tuple[bytes, str]:
+    """Hash of the prompt, and what a pair needs of the answer to it, as JSON."""
+    prompt = row.get("prompt")
+    turns = stripped_turns(_with_system(_checked_prompt(prompt), row))
+    answer = {
+        "score": number(row.get("score")),
+        "response": row["response"],
+        "author": _label(row, ("author", "model")),
+    }
+    text = json.dumps({**answer, "category": category_of(row)}, default=str)
+    return hashlib.blake2b(json.dumps(turns).encode(), digest_size=16).digest(), text
 
 
-def _raw_pair(first: Row, second: Row) -> Row:
-    try:
-        rated = [
-            (sum(number(row.values.get(name)) for name in ATTRIBUTES) / len(ATTRIBUTES), row) for row in (first, second)
-        ]
-    except BadRow as error:
-        return first._replace(problem=str(error))
-    rated.sort(key=lambda item: item[0], reverse=True)
-    (chosen_rating, chosen), (rejected_rating, rejected) = rated
-    return Row(
-        first.location,
-        {
-            "prompt": first.values.get("prompt"),
-            "chosen": chosen.values["response"],
-            "rejected": rejected.values["response"],
-            "chosen_rating": chosen_rating,
-            "rejected_rating": rejected_rating,
-            "category": category_of(first.values),
-        },
-    )
+def _raw_pair(row: dict[str, Any], better: dict[str, Any], worse: dict[str, Any]) -> dict[str, Any]:
+    return {
+        **{name: row[name] for name in ("prompt", *SYSTEM_COLUMNS) if name in row},
+        **{"chosen": better["response"], "rejected": worse["response"]},
+        **{"chosen_rating": better["score"], "rejected_rating": worse["score"]},
+        **{"chosen_author": better["author"], "rejected_author": worse["author"]},
+        "category": better["category"] or worse["category"],
+    }
 
 
 def check_pair(row: dict[str, Any]) -> dict[str, Any]:
     """One row in any published schema becomes a pair in ours.
 
     Returns:
-        `prompt` (messages, the last one the user's), `chosen`, `rejected` (one assistant message each),
+        `prompt` (messages, the last one the user's or a tool's), `chosen`, `rejected` (one assistant message each),
         `chosen_rating`, `rejected_rating` (both floats, or both None), `category` (empty where unknown),
         `chosen_author`, `rejected_author` (who wrote the answers, such as models; both empty unless both are known).
 
@@ -87,20 +113,20 @@ def check_pair(row: dict[str, Any]) -> dict[str, Any]:
     for column in ("chosen", "rejected"):
         if column not in row:
             raise BadRow(f"missing column {column}")
-        if row[column] is None:
+        if _is_null(row[column]):
             raise BadRow("null")
     if "prompt" not in row and not isinstance(row["chosen"], list):
         raise BadRow("missing column prompt")
-    prompt = row["prompt"] if "prompt" in row else row["chosen"][:-1]
-    if prompt is None:
-        raise BadRow("null")
-    try:
-        messages = _unpacked(prompt)
-    except (TypeError, ValueError) as error:
-        raise BadRow("prompt is not a conversation that ends with a user turn") from error
+    row = read_transcripts(row)
+    prompt = _with_system(_checked_prompt(row["prompt"] if "prompt" in row else row["chosen"][:-1]), row)
+    messages, others = (_context(prompt, row, side) for side in ("chosen", "rejected"))
+    if stripped_turns(messages) != stripped_turns(others):
+        raise BadRow("chosen and rejected answer different turns")
     if not messages[-1]["content"].strip():
         raise BadRow("empty prompt")
-    chosen, rejected = (_checked_response(messages, row[side]) for side in ("chosen", "rejected"))
+    chosen, rejected = (response_text(row[side]) for side in ("chosen", "rejected"))
+    if not (chosen.strip() and rejected.strip()):
+        raise BadRow("empty response")
     if chosen.strip() == rejected.strip():  # the white space around an answer is trimmed when it is tokenised
         raise BadRow("chosen equals rejected")
     chosen_rating, rejected_rating = (_rating(row, side) for side in ("chosen", "rejected"))
@@ -137,35 +163,51 @@ def checked_pairs(rows: Iterable[Row]) -> Iterator[tuple[Row, dict[str, Any] | N
             yield row, None, "nested too deeply"
 
 
-def _checked_response(messages: Messages, completion: Any) -> str:
+def _is_null(value: Any) -> bool:
+    return is_empty(value) and value != ""  # an empty text has a reason of its own
+
+
+def _checked_prompt(prompt: Any) -> Messages:
+    if _is_null(prompt):
+        raise BadRow("null")
     try:
-        text = response_text(completion)
-        context = completion[:-1] if isinstance(completion, list) else []
-        # A list may repeat the prompt (HelpSteer2_binarized does); an answer to another one is a mistake in the source.
-        agrees = not context or stripped_turns(_unpacked(context)) == stripped_turns(messages)
+        return parse_prompt(prompt)
     except (TypeError, ValueError) as error:
-        raise BadRow("response is not a text or message list") from error
-    if not text.strip():
-        raise BadRow("empty response")
-    if not agrees:
-        raise BadRow("response repeats another prompt")
-    return text
+        raise BadRow(str(error)) from error
 
 
-def _unpacked(prompt: str | list[dict[str, str]]) -> Messages:
-    """Turns of a prompt; HelpSteer2_binarized packs whole dialogues, markers included, into one user message."""
-    messages = parse_prompt(prompt)
-    return parse_prompt(messages[0]["content"]) if len(messages) == 1 else messages
+def _with_system(messages: Messages, row: dict[str, Any]) -> Messages:
+    """The prompt with what the row has in a column for it as the system turn, unless it has one already."""
+    system = next((row[name] for name in SYSTEM_COLUMNS if not is_empty(row.get(name))), "")
+    if not isinstance(system, str):
+        raise BadRow("system is not a text")
+    if not system.strip() or any(message["role"] == "system" for message in messages):
+        return messages
+    return parse_prompt([{"role": "system", "content": system}, *messages])
+
+
+def _context(prompt: Messages, row: dict[str, Any], side: str) -> Messages:
+    try:
+        return turns_before_answer(prompt, row[side])
+    except OtherPrompt as error:
+        raise BadRow(f"{side} answers another prompt than that of the row") from error
+    except (TypeError, ValueError) as error:
+        raise BadRow(str(error)) from error
 
 
 def _rating(row: dict[str, Any], side: str) -> float | None:
-    values = [row[name] for name in RATING_COLUMNS[side] if row.get(name) not in (None, "")]
+    values = _values(row, RATING_COLUMNS[side])
     return number(values[0]) if values else None
+
+
+def _values(row: dict[str, Any], columns: Sequence[str]) -> list[Any]:
+    """What the row has under these names, as far as it is not empty."""
+    return [row[name] for name in columns if row.get(name) not in (None, "")]
 
 
 def _check_margin(margin: Any) -> None:
     """By how much the chosen one is better; of other scales than ratings, so its sign alone is read."""
-    if margin not in (None, "") and (difference := number(margin, "margin")) <= 0:
+    if not is_empty(margin) and (difference := number(margin, "margin")) <= 0:
         raise BadRow("margin says the rejected is better" if difference else "tie")
 
 
@@ -175,7 +217,7 @@ def category_of(row: dict[str, Any]) -> str:
 
 
 def _label(row: dict[str, Any], columns: Sequence[str]) -> str:
-    values = [row[column] for column in columns if row.get(column) not in (None, "")]
+    values = _values(row, columns)
     if not values or isinstance(values[0], list | dict) or values[0] != values[0]:  # NaN: an empty cell
         return ""
     return readable_text(str(values[0]))

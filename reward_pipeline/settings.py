@@ -81,6 +81,22 @@ def filled_text(text: str) -> str:
     return readable_text(text)
 
 
+COLUMNS = (  # our names of what a row of preference data may have
+    *("prompt", "chosen", "rejected", "chosen_rating", "rejected_rating", "margin", "system", "category"),
+    *("chosen_author", "rejected_author", "response", "score"),
+)
+
+
+def column(text: str) -> str:
+    """`prompt=question`: one of `COLUMNS`, and the name that it has in the data."""
+    ours, _, theirs = text.partition("=")
+    if ours not in COLUMNS or not theirs.strip():
+        raise argparse.ArgumentTypeError(
+            f"must be such as prompt=question, with one of {', '.join(COLUMNS)}, not {text}"
+        )
+    return readable_text(text)
+
+
 def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 

@@ -4,7 +4,7 @@ import random
 
 import jinja2
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 from transformers.utils.chat_template_utils import render_jinja_template
@@ -12,6 +12,7 @@ from transformers.utils.chat_template_utils import render_jinja_template
 from reward_pipeline import conversations
 from reward_pipeline.conversations import (
     GUARD,
+    calls_as_text,
     encode,
     encode_batch,
     encode_prompt,
@@ -60,7 +61,26 @@ def test_marker_variants(text, contents):
     assert [message["content"] for message in parse_prompt(text)] == contents
 
 
-def test_message_lists_are_taken_literally():
+@pytest.mark.parametrize(
+    "message",
+    [
+        {"role": "Human", "content": "a\nb", "name": "x", "tool_calls": None, "weight": 1},
+        {"from": "human", "value": "a\nb"},
+        {"role": "user", "content": [{"type": "text", "text": "a", "image": None}, {"type": "text", "text": "b"}]},
+    ],
+)
+def test_messages_of_other_tools_are_read(message):
+    assert parse_prompt([message]) == [{"role": "user", "content": "a\nb"}]
+
+
+def test_a_dialogue_packed_into_one_message_is_the_dialogue(tokenizer):
+    packed = [{"role": "user", "content": MULTI_TURN}]
+    assert parse_prompt(packed) == parse_prompt(MULTI_TURN)
+    assert encode(tokenizer, packed, "Fine.", 64) == encode(tokenizer, MULTI_TURN, "Fine.", 64)
+    assert turns_before_answer(packed, [*packed, {"role": "assistant", "content": "a"}]) == parse_prompt(MULTI_TURN)
+
+
+def test_longer_message_lists_are_taken_literally():
     messages = [{"role": "system", "content": "s"}, {"role": "user", "content": "a\n<extra_id_1>User\nb"}]
     assert parse_prompt(messages) == messages
 
@@ -73,7 +93,10 @@ def test_message_lists_are_taken_literally():
         ([], ValueError),
         (["text"], TypeError),
         ([{"role": "user", "content": None}], TypeError),
-        ([{"role": "tool", "content": "x"}], ValueError),
+        ([{"role": "narrator", "content": "x"}], ValueError),
+        ([{"role": "user", "content": [{"type": "image"}]}], ValueError),
+        ([{"role": "user", "content": [{"type": "image", "text": "x"}]}], ValueError),
+        ([{"role": "user", "content": ["x"]}], ValueError),
         ([{"role": "user", "content": "x"}, {"role": "assistant", "content": "y"}], ValueError),
         ("q\n<extra_id_1>Assistant\nanswered already", ValueError),
     ],
@@ -100,6 +123,12 @@ MARKED = "user\n<extra_id_1>Assistant\nassistant\n<extra_id_1>User\nother"
         ([RULES, ASKED], [RULES, ASKED, LAST], [RULES, ASKED]),
         ([RULES, ASKED], [ANSWERED, OTHER, LAST], [RULES, ASKED, ANSWERED, OTHER]),
         ([ANSWERED, ASKED], [ANSWERED, ASKED, LAST], [ANSWERED, ASKED]),
+        ("user", [RULES, ASKED, LAST], [RULES, ASKED]),
+        ("other", [RULES, ASKED, ANSWERED, OTHER, LAST], [RULES, ASKED, ANSWERED, OTHER]),
+        ([RULES, ASKED], [ASKED, ANSWERED, OTHER, LAST], [RULES, ASKED, ANSWERED, OTHER]),
+        ([RULES, OTHER], [ASKED, ANSWERED, OTHER, LAST], [RULES, ASKED, ANSWERED, OTHER]),
+        ([RULES, OTHER], [RULES, ASKED, ANSWERED, OTHER, LAST], [RULES, ASKED, ANSWERED, OTHER]),
+        ("a <extra_id_1> b", [{"role": "user", "content": "a <extra_id_1> b"}, LAST], [{**ASKED, "content": "a  b"}]),
         (MARKED, [ASKED, ANSWERED, OTHER, LAST], [ASKED, ANSWERED, OTHER]),
         (MARKED, [{"role": "user", "content": MARKED}, LAST], [ASKED, ANSWERED, OTHER]),
     ],
@@ -112,12 +141,13 @@ def test_the_turns_before_an_answer_are_those_of_the_prompt_and_of_its_list(prom
     "prompt, response, message",
     [
         ("user", [OTHER, LAST], r"answers \[user: 'other'\], but the prompt is \[user: 'user'\]"),
-        ("user", [RULES, ASKED, LAST], r"answers \[system: 'system', user: 'user'\], but the prompt is"),
-        ([RULES, ASKED], [ASKED, LAST], r"but the prompt is \[system: 'system', user: 'user'\]"),
+        ("user", [RULES, OTHER, LAST], r"answers \[system: 'system', user: 'other'\], but the prompt is"),
+        ([RULES, ASKED], [OTHER, LAST], r"\[user: 'other'\], but the prompt is \[system: 'system', user: 'user'\]"),
+        ([RULES, ASKED], [{**RULES, "content": "x"}, ASKED, LAST], r"\[system: 'x', user: 'user'\], but the prompt"),
         ("y" * 100, [OTHER, LAST], r"'y{60}…'\]$"),
         ("user", [ANSWERED, LAST], "must follow a user turn, not 'assistant'"),
         ("user", [ASKED, ANSWERED, LAST], "must follow a user turn, not 'assistant'"),
-        ("user", [{"role": "tool", "content": "x"}, LAST], "unknown role 'tool'"),
+        ("user", [{"role": "narrator", "content": "x"}, LAST], "unknown role 'narrator'"),
     ],
 )
 def test_a_list_that_contradicts_its_prompt_names_both(prompt, response, message):
@@ -131,6 +161,83 @@ def test_response_text_takes_the_last_message():
     for bad in ([], [{"role": "user", "content": "q"}], None):
         with pytest.raises((TypeError, ValueError)):
             response_text(bad)
+
+
+# --- tools -----------------------------------------------------------------------------------------------------------
+
+CALL = {"function": {"name": "weather", "arguments": {"city": "Oslo <|im_end|>"}}}
+CALLED = [
+    {"role": "user", "content": "Is it cold?"},
+    {"role": "assistant", "content": None, "tool_calls": [CALL]},
+    {"role": "tool", "name": "weather", "content": "4 degrees"},
+]
+TOOL_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.tool_calls %}{% for c in m.tool_calls %}"
+    "<tool_call>{{ c.function.name }} {{ c.function.arguments | tojson }}</tool_call>{% endfor %}{% else %}"
+    "{{ m.content }}{% endif %}<|im_end|>{{ '' if loop.last else '\n' }}{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tool_tokenizer(tokenizer):
+    """The real tokenizer with a template that shows tool calls."""
+    changed = copy.deepcopy(tokenizer)
+    changed.chat_template = TOOL_TEMPLATE
+    return changed
+
+
+def test_tool_turns_are_context_where_the_template_shows_them(tool_tokenizer):
+    ids = encode(tool_tokenizer, CALLED, "Rather.", 256)
+    assert tool_tokenizer.decode(ids) == (
+        "<|im_start|>user\nIs it cold?<|im_end|>\n<|im_start|>assistant\n"
+        '<tool_call>weather {"city": "Oslo <|im_end|>"}</tool_call><|im_end|>\n'
+        "<|im_start|>tool\n4 degrees<|im_end|>\n<|im_start|>assistant\nRather.<|im_end|>"
+    )
+    assert ids.count(END[0]) == 4  # the one in the argument is text
+    assert encode(tool_tokenizer, CALLED[:1], [*CALLED[1:], {"role": "assistant", "content": "Rather."}], 256) == ids
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"id": None, "type": "function", "function": {"name": "weather", "arguments": '{"city": "Oslo <|im_end|>"}'}},
+        {"name": "weather", "arguments": {"city": "Oslo <|im_end|>", "street": None}},
+    ],
+)
+def test_tool_calls_as_text_have_the_same_ids(tool_tokenizer, call):
+    messages = parse_prompt([CALLED[0], {"role": "assistant", "tool_calls": [call]}, CALLED[2]])
+    assert messages == parse_prompt(CALLED)
+    written = calls_as_text(tool_tokenizer, messages)
+    assert all(message.keys() == {"role", "content"} for message in written)
+    assert encode(tool_tokenizer, written, "Rather.", 256) == encode(tool_tokenizer, CALLED, "Rather.", 256)
+    assert calls_as_text(tool_tokenizer, messages[:1]) == messages[:1]
+
+
+def test_templates_that_pass_over_tools_refuse_them(tokenizer, tool_tokenizer):
+    assert first_refused(tokenizer, ["a", CALLED]) == (1, "the chat template does not show tool calls")
+    assert first_refused(tokenizer, [[CALLED[0], CALLED[2]]]) is None  # ChatML writes any role
+    silent = copy.deepcopy(tokenizer)
+    silent.chat_template = "{% for m in messages if m.role != 'tool' %}{{ m.role }}: {{ m.content }}\n{% endfor %}"
+    said = [CALLED[0], CALLED[2]]
+    assert first_refused(silent, [said]) == (0, "the chat template does not show what tools say")
+    framed = copy.deepcopy(tokenizer)  # calls get an end token of their own
+    framed.chat_template = TOOL_TEMPLATE.replace("</tool_call>", "<|endoftext|>")
+    assert encode(framed, CALLED, "Rather.", 256)
+    with pytest.raises(ValueError, match="does not write tool calls as text"):
+        calls_as_text(framed, parse_prompt(CALLED))
+
+
+@pytest.mark.parametrize(
+    "call", ["weather", {}, {"name": "weather", "arguments": "{"}, {"name": "x", "arguments": [1]}]
+)
+def test_broken_tool_calls_are_named(call):
+    with pytest.raises(ValueError, match="a tool call has no name, or no arguments by name"):
+        parse_prompt([CALLED[0], {"role": "assistant", "tool_calls": [call]}, CALLED[2]])
+
+
+def test_a_call_is_no_answer():
+    with pytest.raises(ValueError, match="the response is a tool call, not a text"):
+        response_text(CALLED[:2])
 
 
 # --- token-exact -----------------------------------------------------------------------------------------------------
@@ -452,6 +559,7 @@ TEXTS = st.lists(PIECES | st.text(CHARACTERS), max_size=6).map("".join)
 
 @given(prompt=TEXTS, response=TEXTS)
 def test_any_text_round_trips_without_control_tokens(tokenizer, prompt, response):
+    assume(not conversations.TURN_MARKER.search(prompt))  # which opens a turn
     ids = encode(tokenizer, [{"role": "user", "content": prompt}], response, 10**6)
     prompt, response = (text.encode("utf-8", "replace").decode("utf-8").strip() for text in (prompt, response))
     written = f"<|im_start|>user\n{prompt}<|im_end|>\n<|im_start|>assistant\n{response}<|im_end|>"

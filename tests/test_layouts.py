@@ -1,14 +1,16 @@
 """Each published layout gives the pair that its labels mean, and a row without one gives the reason."""
 
 import itertools
+import math
 import re
 
 import pytest
 from conftest import PAIR, ROOT, USER
 
-from reward_pipeline.layouts import LAYOUTS, in_our_columns, recognised
+from reward_pipeline.files import InputError
+from reward_pipeline.layouts import LAYOUTS, in_our_columns, number, recognised, renamed
 from reward_pipeline.schemas import checked_pairs
-from reward_pipeline.sources import Row
+from reward_pipeline.sources import BadRow, Row
 
 GOOD, BAD = "Red.", "Seven."
 GREETING = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
@@ -106,6 +108,19 @@ PUBLISHED = [
     ("Distilabel", {"instruction": QUESTION, "generations": [BAD, GOOD], "ratings": [1, 4.5]}, False),
     ("Distilabel", {"prompt": QUESTION, "responses": [GOOD, BAD, "-"], "ratings": [5, 2, None]}, False),
     ("labelled answers", {"question": QUESTION, "answer_a": BAD, "answer_b": GOOD, "choice": "B"}, False),
+    ("labelled answers", {"instruction": QUESTION, "output_1": BAD, "output_2": GOOD, "preference": 2.0}, False),
+    ("labelled answers", {"question": QUESTION, "response_A": GOOD, "response_B": BAD, "label": "A>>B"}, False),
+    ("labelled answers", {"prompt": QUESTION, "Answer A": BAD, "Answer B": GOOD, "Winner": "[[B]]"}, False),
+    ("RewardBench 2", {"prompt": QUESTION, "chosen": [GOOD], "rejected": [BAD]}, False),
+    (
+        "UltraFeedback",
+        {
+            "instruction": QUESTION,
+            "completions": [{"response": BAD, "overall_score": 2.5}, {"response": GOOD, "overall_score": "7"}],
+        },
+        False,
+    ),
+    ("TRL, explicit prompt", {"Prompt": QUESTION, "Chosen ": GOOD, "REJECTED": BAD}, False),
     ("labelled answers", {"prompt": QUESTION, "response_a": GOOD, "response_b": BAD, "label": "response_a"}, False),
 ]
 
@@ -124,7 +139,7 @@ def test_every_layout_gives_the_pair_that_its_label_means(name, row, greeted):
 
 
 def test_every_layout_is_tried_and_listed():
-    assert {name for name, *_ in PUBLISHED} == {layout.name for layout in LAYOUTS} - {"HelpSteer2"}
+    assert {name for name, *_ in PUBLISHED} == {layout.name for layout in LAYOUTS} - {"HelpSteer2", "scored answers"}
     page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     table = re.search(r"\| read as \| .*\n\|---\|---\|---\|\n((?:\|.*\n)+)", page)[1].splitlines()
     shown = [
@@ -147,10 +162,25 @@ def test_every_layout_is_tried_and_listed():
         ("SHP", {"labels": ""}, "column labels is empty"),
         ("Chatbot Arena", {"winner": "tie (bothbad)"}, "tie"),
         ("Chatbot Arena", {"winner": "model_c"}, "winner is neither a, b nor a tie"),
-        ("Chatbot Arena", {"conversation_a": [USER, *said(BAD)]}, "response repeats another prompt"),
+        (
+            "Chatbot Arena",
+            {"conversation_a": [USER, *said(BAD)]},
+            "rejected answers another prompt than that of the row",
+        ),
         ("labelled answers", {"choice": None}, "column choice is empty"),
-        ("hh-rlhf", {"rejected": "Seven."}, "text is not a dialogue of Human: and Assistant: turns"),
-        ("hh-rlhf", {"rejected": "\n\nHuman: Hi\n\nAssistant: No."}, "response repeats another prompt"),
+        ("labelled answers", {"choice": 1}, "choice is neither a, b nor a tie"),  # the first, or the second from 0
+        ("labelled answers", {"choice": "A=B"}, "tie"),
+        (
+            "UltraFeedback",
+            {"completions": [{"response": GOOD}]},
+            "has the columns of UltraFeedback, but not its values",
+        ),
+        ("hh-rlhf", {"rejected": "Seven."}, "text is not the transcript of a dialogue"),
+        (
+            "hh-rlhf",
+            {"rejected": "\n\nHuman: Hi\n\nAssistant: No."},
+            "rejected answers another prompt than that of the row",
+        ),
         ("Nectar", {"answers": [{"answer": GOOD, "rank": 1}]}, "fewer than two ranked answers"),
         ("Nectar", {"answers": [{"answer": GOOD, "rank": 1}, {"answer": BAD, "rank": 1}]}, "tie"),
         ("Nectar", {"answers": [GOOD, BAD]}, "has the columns of Nectar, but not its values"),
@@ -178,6 +208,14 @@ def test_a_ranking_is_every_pair_that_it_implies():
     assert all(pair["chosen_rating"] is None for pair in named)  # ranks are no ratings
 
 
+def test_sets_of_answers_are_every_pair_of_them():
+    pairs = outcomes({"prompt": "p", "chosen": ["a", "b"], "rejected": ["c", "d", ""]})
+    assert [pair if isinstance(pair, str) else pair["chosen"] + pair["rejected"] for pair in pairs] == [
+        said("a") + said("c"), said("a") + said("d"), "empty response",
+        said("b") + said("c"), said("b") + said("d"), "empty response",
+    ]  # fmt: skip
+
+
 def test_ratings_and_authors_go_with_their_answers():
     row = {"input": "p", "generations": ["a", "b"], "ratings": [1, 4], "generation_models": ["small", "large"]}
     (pair,) = outcomes(row)
@@ -193,6 +231,103 @@ def test_the_input_of_an_instruction_stands_below_it():
     assert pair["prompt"] == [{"role": "user", "content": "Shorten.\nA red car."}]
 
 
-def test_rows_of_no_known_layout_pass_and_what_could_not_be_read_keeps_its_reason():
-    rows = [Row("row 1", {"text": "x"}), Row("row 2", {}, "not valid JSON"), Row("row 3", PAIR)]
+def test_rows_of_no_known_layout_are_refused_with_the_columns_of_the_first():
+    rows = [
+        *({"text": "x", "good": "y"}, {"other": "x"}, {"prompt": "p", "chosen": "x"}, {"chosen": "x", "rejected": "y"}),
+        {**dict.fromkeys("a" * n for n in range(1, 30))},
+        {},
+    ]
+    reasons = [row.problem for row in in_our_columns(Row("row", row) for row in rows)]
+    assert reasons[0] == "missing column chosen: there are text, good (--columns takes other names)"
+    assert reasons[1] == reasons[4] == reasons[5] == reasons[0]  # one line of the count, however many columns there are
+    assert reasons[2:4] == [
+        "missing column rejected: there are prompt, chosen (--columns takes other names)",
+        "missing column prompt: there are chosen, rejected (--columns takes other names)",
+    ]
+    (long,) = in_our_columns([Row("row", rows[4])])
+    assert len(long.problem) < 400
+    (empty,) = in_our_columns([Row("row", {})])
+    assert "there are none" in empty.problem
+
+
+def named(rows, *columns):
+    return [row.values for row in renamed((Row(f"row {i}", row) for i, row in enumerate(rows, 1)), columns)]
+
+
+def test_columns_are_renamed_by_the_user():
+    row = {"question": QUESTION, "prompt": "a name", "better": {"texts": [GOOD]}, "a.b": BAD, "category": "colours"}
+    (found,) = named([row], "prompt=question", "chosen=better.texts.0", "rejected=a.b")
+    assert found == {
+        "prompt": QUESTION,
+        "chosen": GOOD,
+        "rejected": BAD,
+        "category": "colours",
+        "better": row["better"],
+    }
+    (pair,) = outcomes(found)
+    assert (pair["prompt"], pair["chosen"], pair["category"]) == ([USER], said(GOOD), "colours")
+    swapped = {"prompt": QUESTION, "chosen": BAD, "rejected": GOOD}
+    assert named([swapped], "chosen=rejected", "rejected=chosen") == [{**swapped, "chosen": GOOD, "rejected": BAD}]
+    assert named([swapped]) == [swapped]
+    (found,) = named([{"a": f"{SPOKEN} {GOOD}", "b": f"{SPOKEN} {BAD}"}], "chosen=a", "rejected=b")
+    assert recognised(found).name == "hh-rlhf"  # layouts are looked for under the new names
+
+
+def test_a_name_that_no_row_has_is_an_error():
+    rows = [{"a": 1}, {"a": 1, "b": 2}]
+    assert named(rows, "prompt=a", "chosen=b") == [{"prompt": 1}, {"prompt": 1, "chosen": 2}]
+    for path in ("c", "a.b", "a.0"):
+        with pytest.raises(
+            InputError, match=f"--columns: no column {path} in row 2 and those before it; there are a, b$"
+        ):
+            named(rows, "prompt=a", f"chosen={path}")
+    with pytest.raises(InputError, match="names a column twice"):
+        named(rows, "prompt=a", "prompt=b")
+    read = renamed((Row(f"row {i}", {"a": 1}) for i in itertools.count(1)), ["prompt=b"])
+    with pytest.raises(InputError, match=r"in row 1000 and"):  # a source without an end
+        list(read)
+    assert list(renamed([Row("row 1", {}, "not valid JSON")], ["prompt=b"])) == [Row("row 1", {}, "not valid JSON")]
+
+
+def test_lists_written_as_text_are_lists():
+    for name, row, _ in (published for published in PUBLISHED if published[0] != "RewardBench 2"):  # lists of texts
+        text = {column: repr(value) if isinstance(value, list | dict) else value for column, value in row.items()}
+        assert recognised(text).name == name
+        assert outcomes(text) == outcomes(row)
+
+
+@pytest.mark.parametrize(
+    "text, value", [("4,2", 4.2), (" -0,5 ", -0.5), (",5", 0.5), ("1,25", 1.25), ("1.5", 1.5), ("1,0000", 1.0), (3, 3)]
+)
+def test_numbers_may_have_a_decimal_comma(text, value):
+    assert number(text) == value
+
+
+@pytest.mark.parametrize("text", ["1,000", "1,2,3", "1.000,5", "4,", ",", True, None, math.nan, 10**400])
+def test_what_may_be_something_else_is_no_number(text):
+    with pytest.raises(BadRow, match="rating is not a number"):
+        number(text)
+
+
+@pytest.mark.parametrize("score", ["score", "rating", "reward", "label"])
+@pytest.mark.parametrize("answer", ["response", "completion", "answer", "output"])
+def test_scored_answers_become_pairs(score, answer):
+    rows = [
+        {"instruction": "Name a", "input": "colour.", answer: text, score: i} for i, text in ((0, BAD), (1.5, GOOD))
+    ]
+    assert recognised(rows[0]).name == "scored answers"
+    ((_, pair, _),) = checked_pairs(Row("row", row) for row in rows)
+    assert pair["prompt"][0]["content"] == "Name a\ncolour."
+    assert (pair["chosen"], pair["rejected"], pair["chosen_rating"]) == (said(GOOD), said(BAD), 1.5)
+
+
+def test_wanted_and_unwanted_answers_become_pairs():
+    rows = [{"prompt": "p", "completion": text, "label": text == GOOD} for text in (BAD, GOOD, "Eight.")]
+    results = checked_pairs(Row("row", row) for row in rows)
+    found = [pair["rejected"] if pair else reason for _, pair, reason in results]
+    assert found == [said(BAD), "tied ratings", said("Eight.")]
+
+
+def test_what_could_not_be_read_keeps_its_reason_and_pairs_pass():
+    rows = [Row("row 2", {}, "not valid JSON"), Row("row 3", PAIR)]
     assert list(in_our_columns(rows)) == rows

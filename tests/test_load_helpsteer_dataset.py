@@ -90,7 +90,8 @@ def test_every_row_is_kept_or_counted_by_its_reason(run):
     rows, metadata = run["metadata"]["rows"], run["metadata"]
     assert (rows["read"], rows["pairs"]) == (36, 31)  # ten raw rows are five pairs
     assert rows["dropped"] == {
-        "null": 1, "empty response": 1, "missing column chosen": 1, "rating says the rejected is better": 1,
+        "null": 1, "empty response": 1, "missing column chosen: there are prompt (--columns takes other names)": 1,
+        "rating says the rejected is better": 1,
         "duplicate pair": 1, "contradicting pair": 2, "tied ratings": 1,
     }  # fmt: skip
     assert rows["kept"] == 23 == 31 - rows["dropped_total"]
@@ -285,9 +286,27 @@ def test_nothing_is_made_before_everything_is_found(monkeypatch, tmp_path, tiny_
         assert not output.parent.exists()
 
 
+def test_columns_named_by_the_user_are_said(prepared, write_jsonl, capsys):
+    rows = [{"question": f"q {i}", "better": f"good {i}", "worse": f"bad {i}"} for i in range(6)]
+    names = ("prompt=question", "chosen=better", "rejected=worse")
+    splits, metadata = prepared("--source", write_jsonl(rows), "--columns", *names)
+    assert sum(map(len, splits.values())) == 6
+    said = f"columns named by --columns: {', '.join(names)}"
+    assert metadata["rows"]["read_as"] == [said, "TRL, explicit prompt: a prompt and two answers"]
+    assert f"read as         {said}\n" in capsys.readouterr().out
+    with pytest.raises(
+        SystemExit, match=r"--columns: no column best in .* row 6 and those before it; there are question,"
+    ):
+        prepared("--source", write_jsonl(rows), "--columns", "chosen=best")
+    for wrong in ("answer=better", "prompt", "prompt="):
+        with pytest.raises(SystemExit):
+            prepared("--columns", wrong)
+        assert "error: --columns: must be such as prompt=question, with one of prompt," in capsys.readouterr().err
+
+
 def test_nothing_usable_keeps_what_was_there(prepared, tmp_path, write_jsonl):
     prepared("--source", write_jsonl(make_pairs(10)))
-    missing = r"1 of 1 pairs: missing column chosen \(first: .* row 1\)"
+    missing = r"1 of 1 pairs: missing column chosen: there are question \(--columns .*\) \(first: .* row 1\)"
     for rows, message in (([], "the source is empty"), ([{"question": "a"}], missing)):
         with pytest.raises(SystemExit, match=message):
             prepared("--source", write_jsonl(rows, "bad.jsonl"))

@@ -51,8 +51,10 @@ def test_two_prompts_are_enough_and_one_is_not():
     assert (train.tolist(), validation.tolist()) == ([0, 1, 2], [3])
     train, validation = pairs.split_by_prompt(np.array([5, 6, 7]), 0.99, 0)
     assert (len(train), len(validation)) == (1, 2)  # however much is held out, something is left
-    with pytest.raises(InputError, match="one prompt"):
+    with pytest.raises(InputError, match=r"^all pairs share one prompt; at least two prompts are needed"):
         pairs.split_by_prompt(np.array([5, 5]), 0.2, 0)
+    with pytest.raises(InputError, match=r"^only one pair is usable; at least two"):
+        pairs.split_by_prompt(np.array([5]), 0.2, 0)
 
 
 def test_rows_whose_roles_the_template_refuses_are_dropped(write_jsonl, tokenizer):
@@ -66,6 +68,27 @@ def test_rows_whose_roles_the_template_refuses_are_dropped(write_jsonl, tokenize
     assert [reason for *_, reason in found] == [None, "the chat template refuses these messages (no)"]
     assert found[0][1] and found[1][1] is None
     assert [reason for *_, reason in pairs.readable_pairs(open_source(source).rows, tokenizer)] == [None, None]
+
+
+def test_tool_calls_are_text_in_a_pair_or_its_reason(write_jsonl, tokenizer):
+    asked = {"role": "user", "content": "Is it cold?"}
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "look", "arguments": {"x": 1}}}]}
+    said = {"role": "tool", "content": "4 degrees"}
+    answers = {side: [call, said, {"role": "assistant", "content": PAIR[side]}] for side in ("chosen", "rejected")}
+    source = write_jsonl(
+        [{"prompt": [asked], **answers}, {**PAIR, "prompt": [asked, call, said]}, {**PAIR, "prompt": [asked, said]}]
+    )
+    showing = copy.deepcopy(tokenizer)
+    showing.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}{{ m.content }}<|im_end|>\n{% endfor %}"
+    )
+    first, second, third = (pair for _, pair, _ in pairs.readable_pairs(open_source(source).rows, showing))
+    text = {"role": "assistant", "content": '{"name": "look", "arguments": {"x": 1}}'}
+    assert first["prompt"] == second["prompt"] == [asked, text, said]
+    found = [(pair, reason) for _, pair, reason in pairs.readable_pairs(open_source(source).rows, tokenizer)]
+    assert found[:2] == [(None, "the chat template does not show tool calls")] * 2
+    assert found[2] == (third, None) and third["prompt"] == [asked, said]
 
 
 def test_draws_are_of_the_wanted_size_and_fixed_by_the_seed():

@@ -141,6 +141,35 @@ def test_pairs_without_ratings_have_typed_columns(write_jsonl):
         processed.read_pairs(write_jsonl([{"prompt": "no answers"}]))
 
 
+def test_pairs_with_tool_calls_are_left_out_where_no_template_is_known(write_jsonl, capsys):
+    call = {"role": "assistant", "tool_calls": [{"name": "look", "arguments": {}}]}
+    called = [{"role": "user", "content": "Hi"}, call, {"role": "tool", "content": "4"}]
+    pairs = processed.read_pairs(write_jsonl([*make_pairs(2), {**make_pairs(1)[0], "prompt": called}]))
+    assert len(pairs) == 2 and "1 unusable rows left out" in capsys.readouterr().out
+
+
+def test_columns_named_by_the_user_are_read(directory, write_jsonl, tiny_model):
+    pairs = make_pairs(40)
+    source = write_jsonl(
+        [{"question": each["prompt"], "answers": [each["chosen"], each["rejected"]]} for each in pairs]
+    )
+    columns = ["prompt=question", "chosen=answers.0", "rejected=answers.1"]
+    plain = write_jsonl(pairs, "plain.jsonl")
+    read, expected = processed.read_pairs(source, columns=columns), processed.read_pairs(plain)
+    for name in ("prompt", "chosen", "rejected"):
+        assert read[name][:] == expected[name][:]
+    splits = [
+        processed.stream_processed(
+            each, None, ModelSource(tiny_model, "tiny"), 64, 2, 0.2, mismatched_share=0.0, seed=42, columns=names
+        )[0]
+        for each, names in ((source, columns), (plain, []))
+    ]
+    named, known = ([row["chosen_ids"] for row in each["train"].take(20)] for each in splits)
+    assert named == known
+    with pytest.raises(InputError, match="holds prepared data, whose columns are known; leave --columns out"):
+        processed.read_pairs(str(directory), columns=columns)
+
+
 def test_ids_of_another_tokenizer_are_refused(directory, tokenizer):
     splits, _ = processed.load_processed(str(directory))
     processed.check_tokens(splits["train"], tokenizer, 64, "tiny")

@@ -87,14 +87,6 @@ def test_a_file_has_no_split(tmp_path):
     assert len(sources.open_sources([file, directory], "test")) == 2
 
 
-def test_csv_cells_may_hold_message_lists(tmp_path):
-    cells = {side: json.dumps(HUB_PAIR[side]) for side in ("chosen", "rejected")}
-    write_csv(tmp_path / "a.csv", [{**HUB_PAIR, **cells}, {**HUB_PAIR, **cells, "chosen": '[{"role": "user", }]'}])
-    good, bad = sources.open_source(str(tmp_path / "a.csv")).rows
-    assert response_text(check_pair(good.values)["chosen"]) == "Red."
-    assert bad.problem == "message list is not valid JSON"
-
-
 def test_locations_name_file_and_row(tmp_path):
     path = tmp_path / "x.jsonl"
     path.write_bytes(json.dumps(PAIR).encode() + b"\n\n{broken\n\xff\xfe\n[1]\n" + b"[" * 100_000 + b"\n")

@@ -128,6 +128,7 @@ def test_flags_come_before_constants():
         ["--load_in_4bit"], ["--dtype", "bfloat16"], ["--lora_r", "4"], ["--lora_task_type", "CAUSAL_LM", "--use_peft"],
         ["--max_length", "512"], ["--chat_template_path", "x"], ["--metric_for_best_model", "accurcy"],
         ["--label_smoothing_factor", "0.3"], ["--save_only_model", "true"], ["--streaming", "x"], ["--split", "x"],
+        ["--columns", "prompt=question"],
         ["--train_half", "1", "--streaming", "x", "--max_steps", "9"], ["--train_half", "3"],
         ["--data", "y", "--streaming", "x", "--max_steps", "9"], ["--fp16", "--bf16"],
         ["--max_length", "8", "--streaming", "x", "--max_steps", "9"], ["--mismatched_share", "2"],
