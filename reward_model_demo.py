@@ -18,7 +18,7 @@ from pathlib import Path
 from reward_pipeline.conversations import Prompt, parse_prompt
 from reward_pipeline.files import write_text
 from reward_pipeline.processes import run_script
-from reward_pipeline.settings import Parser, boolean, filled_text, readable_text
+from reward_pipeline.settings import Parser, boolean, filled_text
 
 # ---------------------------------------------------------------------------------------------------------------------
 MODEL = "./reward_model_output"  # directory of the trained reward model
@@ -62,7 +62,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
     parser.flag("model", MODEL, filled_text, "directory of the reward model")
     parser.flag("prompt", None, filled_text, "rank --responses to this prompt")
-    parser.flag("responses", None, readable_text, "answers to --prompt", nargs="+", metavar="RESPONSE")
+    parser.flag("responses", None, filled_text, "answers to --prompt", nargs="+", metavar="RESPONSE")
     parser.flag("file", None, filled_text, "JSONL file to score")
     parser.flag("output", None, filled_text, "JSON file for the result (JSONL with --file)")
     parser.flag("mixed_precision", MIXED_PRECISION, boolean, "compute in bf16 where the hardware has it")

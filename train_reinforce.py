@@ -198,8 +198,8 @@ def main() -> None:
                 own_seed = reinforce.step_seed(options.seed, step, process)
                 completions = together(partial(rollouts.sample, policy, tokenizer, batch, sampling, dtype, own_seed))
 
-                # Score: the reward model reads the whole completion and gives one number for it.
-                scores = together(partial(judge.get_reward_scores, messages, completions.texts))
+                # Score: the reward model reads the whole completion and gives one number for it, for an empty one too.
+                scores = together(partial(judge.reward_function, messages, completions.texts))
                 scores = torch.tensor(scores, dtype=torch.float32, device=device)
 
                 # Baseline: from earlier steps alone. If it depended on these completions, the gradient would be biased.

@@ -68,7 +68,7 @@ def gradients(
     device, parameters = run.policy.device, list(run.policy.parameters())
     dtype, seed = computing_type(device), reinforce.step_seed(options.seed, 0, rollout)
     completions = rollouts.sample(run.policy, run.tokenizer, prompts, run.sampling, dtype, seed)
-    scores = judge.get_reward_scores([prompt.messages for prompt in prompts], completions.texts)
+    scores = judge.reward_function([prompt.messages for prompt in prompts], completions.texts)
     scores = torch.tensor(scores, dtype=torch.float32, device=device)
     totals = torch.zeros(2, sum(each.numel() for each in parameters), device=device)
     for start in range(0, len(prompts), options.micro_batch_size):

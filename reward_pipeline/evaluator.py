@@ -7,6 +7,7 @@
 Higher is better; only differences between answers to one prompt have a meaning.
 """
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -63,7 +64,8 @@ class Member(NamedTuple):
 class RewardModelEvaluator:
     """Scores answers with a reward model or an ensemble.
 
-    In fp32 a score does not depend on what else is in the batch, up to rounding (1e-5).
+    In fp32 a score does not depend on what else is in the batch, up to rounding (1e-5). Several threads may use one
+    evaluator at once, and it can be copied, pickled and sent to another process.
 
     An ensemble's reward is the mean of its members' rewards minus `std_penalty` standard deviations (population
     formula over the members), which is cautious where they disagree (uncertainty-weighted optimisation,
@@ -84,7 +86,9 @@ class RewardModelEvaluator:
             the one to optimise a policy for.
 
     Attributes:
-        members: the models in the order given; `tokenizer`, `model` and `max_length` are those of the first.
+        members: the models in the order given; `model` and `max_length` are those of the first.
+        tokenizer: a copy of the first one's. A call with truncation or padding changes a tokenizer until the next call,
+            also for other threads, so scoring keeps its own to itself.
 
     Raises:
         InputError: a directory holds no complete one-label reward model, or, with `normalize`, no mean and deviation,
@@ -107,7 +111,8 @@ class RewardModelEvaluator:
         if not paths:
             raise ValueError("model_path names no directory")
         self.members = [load_member(str(path), self.device, self.dtype, normalize, form) for path in paths]
-        self.tokenizer, self.model, self.max_length = self.members[0][:3]
+        own_tokenizer, self.model, self.max_length = self.members[0][:3]
+        self.tokenizer = copy.deepcopy(own_tokenizer)
 
     # --- scores
 
@@ -124,7 +129,8 @@ class RewardModelEvaluator:
     ) -> float | tuple[float, float]:
         """Reward of one response. `prompt`: string, string with `<extra_id_1>` turns, or message list.
 
-        With `with_std` also the spread of the ensemble's members (0 for a single model).
+        With `with_std` also the spread of the ensemble's members (0 for a single model). An empty response is refused,
+        as in `get_reward_scores`.
         """
         scores, stds = self.get_reward_scores([prompt], [response], max_length=max_length, with_std=True)
         return (scores[0], stds[0]) if with_std else scores[0]
@@ -161,6 +167,9 @@ class RewardModelEvaluator:
     ) -> list[float] | tuple[list[float], list[float]]:
         """Rewards of N (prompt, response) pairs, in input order.
 
+        Empty answers are refused: no training sees one, so the reward that a model gives it means nothing, and it could
+        be the highest of all. For those of a policy, which have to get a number, see `reward_function`.
+
         Args:
             prompts: N prompts, in any form that `get_reward_score` takes.
             responses: N answers: strings, or message lists that end with the answer. The turns before it are context:
@@ -173,9 +182,11 @@ class RewardModelEvaluator:
             with_std: return the spread of the ensemble's members as a second list.
 
         Raises:
-            TypeError, ValueError: as `conversations.encode_batch`; `batch_size` is below 1, or `max_length` beyond the
-                positions of a member; InputError for a reward that is not finite.
+            TypeError, ValueError: as `conversations.encode_batch`; an answer is empty or white space alone (the message
+                has its index), `batch_size` is below 1, or `max_length` beyond the positions of a member; InputError
+                for a reward that is not finite.
         """
+        check_filled(responses)
         scores = self.get_member_scores(prompts, responses, batch_size, max_length, progress)
         combined = self.combine(scores).tolist()
         return (combined, scores.std(axis=0).tolist()) if with_std else combined
@@ -188,7 +199,7 @@ class RewardModelEvaluator:
         max_length: int | None = None,
         progress: bool | Callable[[int], object] = False,
     ) -> np.ndarray:
-        """(M, N) rewards by each of the M members, float64; arguments and errors as `get_reward_scores`."""
+        """(M, N) rewards by each of the M members, float64; as `get_reward_scores`, empty answers included."""
         return self.get_member_scores_and_cuts(prompts, responses, batch_size, max_length, progress)[0]
 
     @torch.inference_mode()
@@ -232,6 +243,9 @@ class RewardModelEvaluator:
 
     def reward_function(self, prompts: Sequence[Prompt], completions: Sequence[Response], **kwargs: Any) -> list[float]:
         """Rewards in the form that TRL's online trainers call: `reward_funcs=[evaluator.reward_function]`.
+
+        A policy samples an empty completion now and then, and its training must not stop: here such a one is ranked as
+        the model ranks it, wherever that is.
 
         Args:
             prompts: N prompts, strings or message lists; either way they are formatted by the chat template.
@@ -293,11 +307,13 @@ class RewardModelEvaluator:
             reward model may prefer the longer answer. Intervals are 95 % (`rate_interval`, `bootstrap_interval`).
 
         Raises:
-            ValueError: the lists differ in length or are empty.
+            ValueError: the lists differ in length or are empty, or an answer is.
         """
         if not len(prompts) == len(responses_a) == len(responses_b) > 0:
             lengths = f"{len(prompts)}, {len(responses_a)} and {len(responses_b)}"
             raise ValueError(f"compare_models needs a prompt and two answers each, not {lengths}")
+        check_filled(responses_a, "responses_a")
+        check_filled(responses_b, "responses_b")
         scores = self.get_reward_scores([*prompts, *prompts], [*responses_a, *responses_b])
         a, b = np.array(scores).reshape(2, len(prompts))
         groups = [repr(parse_prompt(prompt)) for prompt in prompts]
@@ -322,13 +338,15 @@ class RewardModelEvaluator:
 
         Raises:
             TypeError: they are neither.
-            ValueError: as `get_reward_scores`; an answer of a message list does not follow a user turn.
+            ValueError: as `get_reward_scores`; an answer is empty, or does not follow a user turn.
         """
         messages = dialogue_messages(turns)
         answers = [place for place, message in enumerate(messages) if message["role"] == "assistant"]
         for place in answers:
             if not place or messages[place - 1]["role"] != "user":
                 raise ValueError(f"turn {place}: an answer follows a user turn, and this one does not")
+            if not messages[place]["content"].strip():
+                raise ValueError(f"turn {place}: the answer is empty")
         return self.get_reward_scores(
             [messages[:place] for place in answers], [messages[place]["content"] for place in answers]
         )
@@ -366,6 +384,20 @@ class RewardModelEvaluator:
         with autocast(self.device, self.dtype):
             logits = model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
         return logits[:, 0].float().tolist()
+
+
+def check_filled(responses: Sequence[Response], name: str = "responses") -> None:
+    """Make sure that no response is empty or white space alone.
+
+    Raises:
+        TypeError, ValueError: as `conversations.response_text`.
+        ValueError: one is; its index stands behind `name`.
+    """
+    if isinstance(responses, str):
+        raise TypeError(f"{name} is a list; for one response use get_reward_score")
+    for index, response in enumerate(responses):
+        if not response_text(response).strip():
+            raise ValueError(f"{name}[{index}] is empty, and a reward for no answer means nothing; leave it out")
 
 
 def present_device(name: str | torch.device) -> torch.device:

@@ -101,8 +101,9 @@ def compare_answers(
         `rewards_before`, `rewards_after`, (N,) each, and the figures that `evaluation` describes.
     """
     messages = [prompt.messages for prompt in prompts]
-    scores = judge.get_reward_scores([*messages, *messages], [*before.texts, *after.texts], progress=True)
-    old, new = np.array(scores).reshape(2, len(prompts))
+    # Not `get_reward_scores`, which refuses empty answers: a policy samples some.
+    scores = judge.get_member_scores([*messages, *messages], [*before.texts, *after.texts], progress=True)
+    old, new = judge.combine(scores).reshape(2, len(prompts))
     won = wins(new, old)
     return {
         "rewards_before": old,

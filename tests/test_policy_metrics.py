@@ -41,9 +41,12 @@ class WordCountingJudge:
     def __init__(self, factor: float):
         self.factor = factor
 
-    def get_reward_scores(self, prompts, responses, progress):
+    def get_member_scores(self, prompts, responses, progress):
         assert [prompt[-1]["content"] for prompt in prompts] == ["p", "q", "r", "s"] * 2
-        return [self.factor * len(text.split()) for text in responses]
+        return np.array([[self.factor * len(text.split()) for text in responses]])
+
+    def combine(self, scores):
+        return scores[0]
 
 
 def test_the_comparison_by_a_judge_by_hand():

@@ -108,6 +108,7 @@ def test_a_missing_model_is_one_line(monkeypatch, tmp_path):
         (["--file", "in.jsonl", "--output", "./in.jsonl"], "--output: must be another file than --file"),
         (["--file", "in.jsonl", "--output", "link.jsonl"], "--output: must be another file than --file"),
         (["--model", ""], "--model: must not be empty"),
+        (["--prompt", "a", "--responses", "b", " "], "--responses: must not be empty"),
         (["--mixed_precision", "maybe"], "--mixed_precision: must be true or false"),
         (["--nonsense"], "--nonsense: unknown flag"),
     ],
