@@ -19,7 +19,7 @@ from reward_pipeline.processes import run_script
 from reward_pipeline.settings import Parser, boolean, filled_text
 
 # ---------------------------------------------------------------------------------------------------------------------
-MODEL = "./reward_model_output"  # directory of a trained reward model
+MODEL = "./reward_model_output"  # directory or hub id of a trained reward model
 PAIRS = "processed_helpsteer"  # processed directory, or any source of pairs
 SPLIT = None  # of a repository or a processed directory; None takes its usual one
 OUTPUT = None  # directory for figures and plots; None prints only
@@ -30,7 +30,7 @@ FULL_PRECISION = False  # fp32 instead of bf16: slower, and the same figures on 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """Flags over the constants above."""
     parser = Parser(__doc__)
-    parser.flag("model", [MODEL], filled_text, "reward model; several are an ensemble", nargs="+", metavar="DIR")
+    parser.flag("model", [MODEL], filled_text, "directory or hub id; several are an ensemble", nargs="+", metavar="NAME")
     parser.flag("pairs", [PAIRS], filled_text, "processed directories or sources of pairs", nargs="+", metavar="SOURCE")
     parser.flag("split", SPLIT, filled_text, "split of a dataset repository or processed directory")
     parser.flag("output", OUTPUT, filled_text, "directory for figures and plots, replaced as a whole", metavar="DIR")

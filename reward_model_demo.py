@@ -1,6 +1,7 @@
 """Rank answers with a trained reward model: a demonstration, your own answers, or every line of a file.
 
-In:  directory that `train_reward_model.py` wrote, or any one-label sequence classifier with a chat template.
+In:  directory that `train_reward_model.py` wrote, or directory or hub id of any one-label sequence classifier with a
+     chat template, whole or as a PEFT adapter.
 Out: rewards; higher is better, and only differences between answers to one prompt have a meaning.
 
     python reward_model_demo.py
@@ -21,7 +22,7 @@ from reward_pipeline.processes import run_script
 from reward_pipeline.settings import Parser, boolean, filled_text
 
 # ---------------------------------------------------------------------------------------------------------------------
-MODEL = "./reward_model_output"  # directory of the trained reward model
+MODEL = "./reward_model_output"  # directory or hub id of the trained reward model
 MIXED_PRECISION = False  # True: faster where the hardware has bf16, and rewards move by some 0.01
 FORM = False  # True: with the form term of the training, which says best what people prefer in pairs like its own
 # what the demonstration ranks: answers to one prompt, a dialogue being the prompt of its last answer
@@ -60,7 +61,7 @@ COMPARISONS: list[tuple[Prompt, list[str]]] = [
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.flag("model", MODEL, filled_text, "directory of the reward model")
+    parser.flag("model", MODEL, filled_text, "directory or hub id of the reward model")
     parser.flag("prompt", None, filled_text, "rank --responses to this prompt")
     parser.flag("responses", None, filled_text, "answers to --prompt", nargs="+", metavar="RESPONSE")
     parser.flag("file", None, filled_text, "JSONL file to score")
@@ -104,7 +105,7 @@ def main() -> None:
     # --- the user's own answers, or those above
     comparisons = [(options.prompt, options.responses)] if options.prompt else COMPARISONS
     check_templates(evaluator, [prompt for prompt, _ in comparisons], ["prompt"] * len(comparisons))
-    if trained_on_sample(Path(options.model)):
+    if trained_on_sample(Path(evaluator.model.name_or_path)):
         print("This model has seen the sample pairs of this project alone: enough to show that all runs, not to judge.")
     rankings = []
     for prompt, responses in comparisons:
@@ -118,8 +119,9 @@ def main() -> None:
 
     # --- the same for programs
     result = rankings[0] if options.prompt else {"comparisons": rankings}
-    output = options.output or (None if options.prompt else Path(options.model) / "demonstration.json")
-    if output:
+    own_directory = Path(options.model).expanduser()
+    beside = own_directory / "demonstration.json" if own_directory.is_dir() and not options.prompt else None
+    if output := options.output or beside:
         write_text(output, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
         print(f"\nwritten to {output}")
 

@@ -41,7 +41,7 @@ from reward_pipeline.models import (
 from reward_pipeline.prefix_sharing import share_prefixes
 from reward_pipeline.statistics import bootstrap_interval, paired_p_value, rate_interval, wins
 
-MODEL_PATH = "./reward_model_output"  # directory of the trained reward model
+MODEL_PATH = "./reward_model_output"  # directory or hub id of the trained reward model
 BATCH_SIZE = 16  # conversations scored at once
 MAX_LENGTH = 1024  # tokens, for models whose config does not say what they were trained with
 
@@ -72,7 +72,8 @@ class RewardModelEvaluator:
     arXiv 2310.02743).
 
     Args:
-        model_path: directory of a trained reward model; several directories are an ensemble.
+        model_path: directory or hub id of a trained reward model, whole or as an adapter of PEFT; see
+            `models.load_trained_reward_model`. Several are an ensemble.
         device: where to compute; by default CUDA, then MPS, then CPU.
         mixed_precision: compute in bf16 (fp16 on older GPUs) where the hardware has it: faster, but a score then also
             depends on what else is in the batch, by up to some 0.01 (0.03 if the model was trained in fp32). Off by
@@ -91,7 +92,7 @@ class RewardModelEvaluator:
             also for other threads, so scoring keeps its own to itself.
 
     Raises:
-        InputError: a directory holds no complete one-label reward model, or, with `normalize`, no mean and deviation,
+        InputError: a name stands for no complete one-label reward model, or, with `normalize`, no mean and deviation,
             or, with `form`, a model that was trained without the form term; the device is not there.
     """
 
@@ -109,7 +110,7 @@ class RewardModelEvaluator:
         self.std_penalty = std_penalty
         paths = [model_path] if isinstance(model_path, str | Path) else list(model_path)
         if not paths:
-            raise ValueError("model_path names no directory")
+            raise ValueError("model_path names no model")
         self.members = [load_member(str(path), self.device, self.dtype, normalize, form) for path in paths]
         own_tokenizer, self.model, self.max_length = self.members[0][:3]
         self.tokenizer = copy.deepcopy(own_tokenizer)

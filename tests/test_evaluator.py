@@ -362,7 +362,7 @@ def test_there_is_one_reward_with_the_form_term_and_one_without(with_form_term, 
 
 
 def test_an_evaluator_needs_a_directory():
-    with pytest.raises(ValueError, match="names no directory"):
+    with pytest.raises(ValueError, match="names no model"):
         RewardModelEvaluator([])
 
 

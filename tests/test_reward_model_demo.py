@@ -4,11 +4,12 @@ import json
 import math
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 from conftest import names_of, parse, run_main
 
-from reward_pipeline import RewardModelEvaluator
+from reward_pipeline import RewardModelEvaluator, models
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +51,22 @@ def test_which_models_have_seen_the_sample_alone(tmp_path, written, alone):
     if written is not None:
         (tmp_path / "metrics.json").write_text(json.dumps(written))
     assert names_of("reward_model_demo")["trained_on_sample"](tmp_path) == alone
+
+
+def test_a_model_of_the_hub_is_used_and_left_as_it_is(monkeypatch, evaluator, tiny_reward_model, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = Path(shutil.copytree(tiny_reward_model, tmp_path / "snapshot"))
+    (model / "metrics.json").write_text(json.dumps({"source": "sample pairs of this project"}))
+    monkeypatch.setattr(models, "resolve_model", lambda name: models.ModelSource(str(model), f"hub {name}"))
+    before = sorted(tmp_path.rglob("*"))
+    run(monkeypatch, "some/judge")
+    assert sorted(tmp_path.rglob("*")) == before
+    printed = capsys.readouterr().out
+    assert "the sample pairs of this project alone" in printed and "written to" not in printed
+    run(monkeypatch, "some/judge", "--output", "result.json")
+    first = json.loads(Path("result.json").read_text())["comparisons"][0]
+    best = evaluator.best_of_n(first["prompt"], [each["response"] for each in first["ranking"]])
+    assert first["ranking"][0] == {"response": best[0], "reward": pytest.approx(best[1], abs=1e-5)}
 
 
 def test_prompt_and_responses(monkeypatch, evaluator, tiny_reward_model, tmp_path, capsys):
