@@ -30,7 +30,9 @@ FULL_PRECISION = False  # fp32 instead of bf16: slower, and the same figures on 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """Flags over the constants above."""
     parser = Parser(__doc__)
-    parser.flag("model", [MODEL], filled_text, "directory or hub id; several are an ensemble", nargs="+", metavar="NAME")
+    parser.flag(
+        "model", [MODEL], filled_text, "directory or hub id; several are an ensemble", nargs="+", metavar="NAME"
+    )
     parser.flag("pairs", [PAIRS], filled_text, "processed directories or sources of pairs", nargs="+", metavar="SOURCE")
     parser.flag("split", SPLIT, filled_text, "split of a dataset repository or processed directory")
     parser.flag("output", OUTPUT, filled_text, "directory for figures and plots, replaced as a whole", metavar="DIR")
