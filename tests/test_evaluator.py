@@ -6,17 +6,20 @@ import json
 import math
 import multiprocessing
 import pickle
+import re
 import shutil
+import sys
 import threading
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
-from conftest import save_reward_model
+from conftest import ROOT, save_reward_model
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 from trl import GRPOConfig, GRPOTrainer
@@ -576,6 +579,36 @@ def test_threads_of_a_web_server_get_right_scores(evaluator):
             done.set()
         other.result()
     assert scores == pytest.approx(expected * 2, abs=1e-5)
+
+
+def test_the_server_of_the_docs_scores_requests_together(tiny_reward_model, evaluator, monkeypatch):
+    """Its code as it stands there; of the two libraries only what it uses, since tests do without them."""
+    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "FastAPI" in block)
+
+    class Refused(Exception):
+        pass
+
+    app = SimpleNamespace(post=lambda path: lambda function: function)
+    monkeypatch.setitem(sys.modules, "fastapi", SimpleNamespace(FastAPI=lambda: app, HTTPException=Refused))
+    monkeypatch.setitem(sys.modules, "pydantic", SimpleNamespace(BaseModel=SimpleNamespace))
+    server: dict = {}
+    exec(code.replace("./reward_model_output", tiny_reward_model), server)
+    real, sizes = server["evaluator"].get_reward_scores, []
+
+    def recorded(prompts, responses):
+        sizes.append(len(prompts))
+        return real(prompts, responses)
+
+    server["evaluator"].get_reward_scores = recorded
+    answers = [f"Answer {number}" for number in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        bad = pool.submit(server["reward"], server["Asked"](prompt="Hi", response=" "))
+        scores = list(pool.map(lambda text: server["reward"](server["Asked"](prompt="Hi", response=text)), answers))
+        with pytest.raises(Refused, match="empty"):
+            raise bad.exception()
+    assert scores == pytest.approx(evaluator.get_reward_scores(["Hi"] * 40, answers), abs=1e-5)
+    assert len(sizes) < 40 and max(sizes) > 1
 
 
 def test_another_process_scores_alike(evaluator):
