@@ -162,7 +162,7 @@ def main() -> None:
         files = {name: pair_metrics(each) for name, (each, _) in scored.items()}
         results = {
             "models": options.model,
-            "precision": str(evaluator.dtype or "float32").removeprefix("torch."),
+            "precision": evaluator.precision,
             "members": {
                 model: accuracy_with_interval(wins(each), columns["prompt_key"])
                 for model, each in zip(options.model, margins, strict=True)

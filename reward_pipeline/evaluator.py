@@ -88,6 +88,7 @@ class RewardModelEvaluator:
 
     Attributes:
         members: the models in the order given; `model` and `max_length` are those of the first.
+        precision: the number format that it computes in, such as `bfloat16`.
         tokenizer: a copy of the first one's. A call with truncation or padding changes a tokenizer until the next call,
             also for other threads, so scoring keeps its own to itself.
 
@@ -107,6 +108,7 @@ class RewardModelEvaluator:
     ):
         self.device = pick_device() if device is None else present_device(device)
         self.dtype = autocast_dtype(self.device) if mixed_precision else None
+        self.precision = str(self.dtype or torch.float32).removeprefix("torch.")
         self.std_penalty = std_penalty
         paths = [model_path] if isinstance(model_path, str | Path) else list(model_path)
         if not paths:
