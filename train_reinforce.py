@@ -153,10 +153,11 @@ def main() -> None:
     lengths = options.max_prompt_length, options.max_new_tokens
     amounts = options.completions_per_step, options.evaluation_prompts
     prompts, unseen = rollouts.read_prompts(splits, tokenizer, options.data, lengths[0], *amounts, options.seed)
-    judge = policy_metrics.load_judge("reward_model", options.reward_model, [*prompts, *unseen], *lengths, device)
+    load_judge = partial(policy_metrics.load_judge, device=device, validation=splits["validation"])
+    judge = load_judge("reward_model", options.reward_model, [*prompts, *unseen], *lengths)
     second_judge = None
     if options.second_judge:
-        second_judge = policy_metrics.load_judge("second_judge", options.second_judge, unseen, *lengths, device)
+        second_judge = load_judge("second_judge", options.second_judge, unseen, *lengths)
     # Both in evaluation mode: with dropout, log-probabilities would not be those of the distribution that was sampled.
     policy, reference = models.load_sft_model(sft.path), models.load_sft_model(sft.path).to(device)
     rollouts.check_room(policy, options.model, sum(lengths))

@@ -29,6 +29,7 @@ from reward_pipeline.devices import autocast_dtype
 from reward_pipeline.evaluator import RewardModelEvaluator
 from reward_pipeline.files import InputError, write_text
 from reward_pipeline.policy_metrics import load_judge
+from reward_pipeline.processed import load_processed
 from reward_pipeline.processes import run_script
 from reward_pipeline.settings import Parser, filled_text, whole
 
@@ -153,7 +154,8 @@ def main() -> None:
     options, state = read_run(given.run)
     run = open_run(options, policy=str(given.run))
     lengths = options.max_prompt_length, options.max_new_tokens
-    judge = load_judge("reward_model", options.reward_model, run.prompts, *lengths, run.policy.device)
+    validation = load_processed(options.data)[0]["validation"]
+    judge = load_judge("reward_model", options.reward_model, run.prompts, *lengths, run.policy.device, validation)
     prompts = next(rollouts.batches(run.prompts, options.completions_per_step, options.seed))
     prompts = sorted(prompts, key=lambda prompt: len(prompt.ids))  # micro-batches then have little padding
     numbers = tqdm(range(given.rollouts), desc="Rollouts")

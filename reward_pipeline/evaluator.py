@@ -17,7 +17,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, overload
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from reward_pipeline.conversations import (
     Messages,
@@ -426,10 +426,9 @@ def load_member(path: str, device: torch.device, dtype: torch.dtype | None, norm
     mean, std = 0.0, 1.0
     if normalize:
         reward = "reward_with_form" if form else "reward"
-        figures: list[Any] = [getattr(model.config, f"{reward}_{name}", None) for name in ("mean", "std")]
-        if figures[0] is None or not figures[1]:
+        if (scale := trained_scale(model.config, reward)) is None:
             raise InputError(f"{path}: config.json has no {reward}_mean and {reward}_std above 0, so no normalize=True")
-        mean, std = figures
+        mean, std = scale
     max_length = getattr(model.config, "reward_max_length", min(MAX_LENGTH, positions(model)))
     halve_prompt = trained_with_halved_prompts(model.config)
     shares = device.type == "cpu" and share_prefixes(model)
@@ -437,6 +436,12 @@ def load_member(path: str, device: torch.device, dtype: torch.dtype | None, norm
         for layer in inner_linear_layers(model):
             layer.weight.data = layer.weight.to(dtype)  # once, and not by autocast in every batch
     return Member(tokenizer, model.to(device), max_length, mean, std, shares, halve_prompt, form_model)
+
+
+def trained_scale(config: PreTrainedConfig, reward: str = "reward") -> tuple[float, float] | None:
+    """Mean and standard deviation of the rewards on the validation split of the training, where the config has them."""
+    mean, std = (getattr(config, f"{reward}_{name}", None) for name in ("mean", "std"))
+    return (mean, std) if mean is not None and std else None
 
 
 def check_templates(evaluator: RewardModelEvaluator, prompts: Sequence[Prompt], places: Sequence[str]) -> None:
