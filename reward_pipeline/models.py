@@ -353,7 +353,7 @@ def _load_adapter(path: str) -> tuple[TokenizersBackend, PreTrainedModel]:
     if labels > 1:
         raise InputError(f"{path}: has {labels} labels, but a reward model has one")
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # PEFT's use of older names
             warnings.filterwarnings("error", "Found missing adapter keys")  # they would stay as they were drawn
             adapted = PeftModel.from_pretrained(model, path, torch_device="cpu")
         model = adapted.merge_and_unload()
