@@ -19,7 +19,7 @@ from reward_pipeline.processes import run_script
 from reward_pipeline.settings import Parser, boolean, column, filled_text
 
 # ---------------------------------------------------------------------------------------------------------------------
-MODEL = "./reward_model_output"  # directory of a trained reward model
+MODEL = "./reward_model_output"  # directory or hub id of a trained reward model
 PAIRS = "processed_helpsteer"  # processed directory, or any source of pairs
 COLUMNS = None  # names in other layouts, such as ["prompt=question"]
 SPLIT = None  # of a repository or a processed directory; None takes its usual one
@@ -31,7 +31,9 @@ FULL_PRECISION = False  # fp32 instead of bf16: slower, and the same figures on 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """Flags over the constants above."""
     parser = Parser(__doc__)
-    parser.flag("model", [MODEL], filled_text, "reward model; several are an ensemble", nargs="+", metavar="DIR")
+    parser.flag(
+        "model", [MODEL], filled_text, "directory or hub id; several are an ensemble", nargs="+", metavar="NAME"
+    )
     parser.flag("pairs", [PAIRS], filled_text, "processed directories or sources of pairs", nargs="+", metavar="SOURCE")
     parser.flag("columns", COLUMNS, column, "names in a layout that is not known: prompt=question …", nargs="+")
     parser.flag("split", SPLIT, filled_text, "split of a dataset repository or processed directory")
@@ -162,7 +164,7 @@ def main() -> None:
         files = {name: pair_metrics(each) for name, (each, _) in scored.items()}
         results = {
             "models": options.model,
-            "precision": str(evaluator.dtype or "float32").removeprefix("torch."),
+            "precision": evaluator.precision,
             "members": {
                 model: accuracy_with_interval(wins(each), columns["prompt_key"])
                 for model, each in zip(options.model, margins, strict=True)

@@ -1,13 +1,16 @@
-"""Rank answers with a trained reward model: a demonstration, your own answers, or every line of a file.
+"""Rank answers with a trained reward model: a demonstration, your own answers, or every row of a file.
 
-In:  directory that `train_reward_model.py` wrote, or any one-label sequence classifier with a chat template.
+In:  directory that `train_reward_model.py` wrote, or directory or hub id of any one-label sequence classifier with a
+     chat template, whole or as a PEFT adapter.
 Out: rewards; higher is better, and only differences between answers to one prompt have a meaning.
 
     python reward_model_demo.py
     python reward_model_demo.py --prompt "What is 2 + 2?" --responses "4" "Perhaps 5."
     python reward_model_demo.py --file pairs.jsonl --output scores.jsonl
+    python reward_model_demo.py --file owner/dataset --split test --output scores.jsonl
 
-A line of `--file` holds a `prompt`, and `response`, `responses`, or `chosen` and `rejected`; rewards are added to it.
+`--file` takes every source that `load_helpsteer_dataset.py` takes. A row holds a `prompt`, and `response`, `responses`,
+or `chosen` and `rejected`, or is in a published layout; rewards are added to it.
 In Python: `from reward_pipeline import RewardModelEvaluator`.
 """
 
@@ -18,10 +21,10 @@ from pathlib import Path
 from reward_pipeline.conversations import Prompt, parse_prompt
 from reward_pipeline.files import write_text
 from reward_pipeline.processes import run_script
-from reward_pipeline.settings import Parser, boolean, filled_text, readable_text
+from reward_pipeline.settings import Parser, boolean, filled_text
 
 # ---------------------------------------------------------------------------------------------------------------------
-MODEL = "./reward_model_output"  # directory of the trained reward model
+MODEL = "./reward_model_output"  # directory or hub id of the trained reward model
 MIXED_PRECISION = False  # True: faster where the hardware has bf16, and rewards move by some 0.01
 FORM = False  # True: with the form term of the training, which says best what people prefer in pairs like its own
 # what the demonstration ranks: answers to one prompt, a dialogue being the prompt of its last answer
@@ -60,10 +63,11 @@ COMPARISONS: list[tuple[Prompt, list[str]]] = [
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = Parser(__doc__)
-    parser.flag("model", MODEL, filled_text, "directory of the reward model")
+    parser.flag("model", MODEL, filled_text, "directory or hub id of the reward model")
     parser.flag("prompt", None, filled_text, "rank --responses to this prompt")
-    parser.flag("responses", None, readable_text, "answers to --prompt", nargs="+", metavar="RESPONSE")
-    parser.flag("file", None, filled_text, "JSONL file to score")
+    parser.flag("responses", None, filled_text, "answers to --prompt", nargs="+", metavar="RESPONSE")
+    parser.flag("file", None, filled_text, "file, directory or hub dataset to score", metavar="SOURCE")
+    parser.flag("split", None, filled_text, "of a dataset repository, with --file")
     parser.flag("output", None, filled_text, "JSON file for the result (JSONL with --file)")
     parser.flag("mixed_precision", MIXED_PRECISION, boolean, "compute in bf16 where the hardware has it")
     parser.flag("form", FORM, boolean, "rewards with the form term of the training")
@@ -72,13 +76,18 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--prompt and --responses: go together")
     if options.file and (options.prompt or not options.output):
         parser.error("--file: goes with --output, and without --prompt")
-    options.file, options.output = (Path(each) if each else None for each in (options.file, options.output))
-    if options.file and not options.file.is_file():
-        parser.error(f"--file: {options.file} must be a file that is there")
+    if options.split and not options.file:
+        parser.error("--split: goes with --file")
+    options.output = Path(options.output) if options.output else None
     if options.output and options.output.is_dir():
         parser.error(f"--output: {options.output} is a directory; name a file")
-    if options.file and options.output.exists() and options.output.samefile(options.file):
-        parser.error(f"--output: must be another file than --file, which {options.output} would replace")
+    if options.file and (source := Path(options.file)).exists():
+        if not (source.is_file() or source.is_dir()):
+            parser.error(f"--file: {source} can be read only once, and is read twice; save it in a file first")
+        if options.output.exists() and options.output.samefile(source):
+            parser.error(f"--output: must be another file than --file, which {options.output} would replace")
+        if source.is_dir() and options.output.resolve().is_relative_to(source.resolve()):
+            parser.error(f"--output: must lie outside of --file {source}, where it would be read as a source")
     if options.prompt:
         try:
             parse_prompt(options.prompt)
@@ -91,20 +100,25 @@ def main() -> None:
     options = parse_options()
     # Imported only now: a wrong flag is answered at once, and these take seconds.
     from reward_pipeline.evaluator import RewardModelEvaluator, check_templates
-    from reward_pipeline.file_scoring import score_file
 
+    if options.file:  # found before the model is loaded
+        from reward_pipeline.file_scoring import score_file
+        from reward_pipeline.sources import check_split, open_source
+
+        check_split([options.file], options.split)
+        source = open_source(options.file, options.split)
     evaluator = RewardModelEvaluator(options.model, mixed_precision=options.mixed_precision, form=options.form)
 
-    # --- every line of a file
+    # --- every row of a file
     if options.file:
-        rows = score_file(evaluator, options.file, options.output)
-        print(f"{rows:,} rows scored, written to {options.output}")
+        rows = score_file(evaluator, source, options.output, options.split)
+        print(f"{rows:,} rows of {source.origin} scored, written to {options.output}")
         return
 
     # --- the user's own answers, or those above
     comparisons = [(options.prompt, options.responses)] if options.prompt else COMPARISONS
     check_templates(evaluator, [prompt for prompt, _ in comparisons], ["prompt"] * len(comparisons))
-    if trained_on_sample(Path(options.model)):
+    if trained_on_sample(Path(evaluator.model.name_or_path)):
         print("This model has seen the sample pairs of this project alone: enough to show that all runs, not to judge.")
     rankings = []
     for prompt, responses in comparisons:
@@ -118,8 +132,9 @@ def main() -> None:
 
     # --- the same for programs
     result = rankings[0] if options.prompt else {"comparisons": rankings}
-    output = options.output or (None if options.prompt else Path(options.model) / "demonstration.json")
-    if output:
+    own_directory = Path(options.model).expanduser()
+    beside = own_directory / "demonstration.json" if own_directory.is_dir() and not options.prompt else None
+    if output := options.output or beside:
         write_text(output, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
         print(f"\nwritten to {output}")
 

@@ -47,7 +47,7 @@ ON_MPS = apple_silicon()  # where data and reward model are shorter by default
 
 # ---------------------------------------------------------------------------------------------------------------------
 MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # SFT model: hub id or local directory
-REWARD_MODEL = "./reward_model_output"  # directory written by train_reward_model.py
+REWARD_MODEL = "./reward_model_output"  # written by train_reward_model.py, or a hub id
 DATA = "processed_helpsteer"  # directory written by load_helpsteer_dataset.py
 OUTPUT_DIR = "reinforce_output"  # directory, made whole at the end
 # prompts
@@ -91,7 +91,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """Flags over constants."""
     parser = Parser(__doc__)
     parser.flag("model", MODEL, filled_text, "SFT model: hub id or local directory")
-    parser.flag("reward_model", REWARD_MODEL, filled_text, "directory of the reward model")
+    parser.flag("reward_model", REWARD_MODEL, filled_text, "directory or hub id of the reward model")
     parser.flag("second_judge", None, filled_text, "reward model that judges before and after, but does not train")
     parser.flag("data", DATA, filled_text, "directory written by load_helpsteer_dataset.py")
     parser.flag("output_dir", OUTPUT_DIR, filled_text, "directory for the policy")
@@ -119,7 +119,8 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     if missing := missing_tracker([options.report_to]):
         parser.error(f"--report_to: {missing} is not installed; pip install {missing}")
     # Judged by the model that it was trained to please, the policy has its result confirmed whatever it learned.
-    if options.second_judge and Path(options.second_judge).resolve() == Path(options.reward_model).resolve():
+    judges = {Path(each).expanduser().resolve() for each in (options.reward_model, options.second_judge or "")}
+    if options.second_judge and len(judges) < 2:
         parser.error("--second_judge: must be another model than --reward_model")
     return options
 
@@ -152,10 +153,11 @@ def main() -> None:
     lengths = options.max_prompt_length, options.max_new_tokens
     amounts = options.completions_per_step, options.evaluation_prompts
     prompts, unseen = rollouts.read_prompts(splits, tokenizer, options.data, lengths[0], *amounts, options.seed)
-    judge = policy_metrics.load_judge("reward_model", options.reward_model, [*prompts, *unseen], *lengths, device)
+    load_judge = partial(policy_metrics.load_judge, device=device, validation=splits["validation"])
+    judge = load_judge("reward_model", options.reward_model, [*prompts, *unseen], *lengths)
     second_judge = None
     if options.second_judge:
-        second_judge = policy_metrics.load_judge("second_judge", options.second_judge, unseen, *lengths, device)
+        second_judge = load_judge("second_judge", options.second_judge, unseen, *lengths)
     # Both in evaluation mode: with dropout, log-probabilities would not be those of the distribution that was sampled.
     policy, reference = models.load_sft_model(sft.path), models.load_sft_model(sft.path).to(device)
     rollouts.check_room(policy, options.model, sum(lengths))
@@ -198,8 +200,8 @@ def main() -> None:
                 own_seed = reinforce.step_seed(options.seed, step, process)
                 completions = together(partial(rollouts.sample, policy, tokenizer, batch, sampling, dtype, own_seed))
 
-                # Score: the reward model reads the whole completion and gives one number for it.
-                scores = together(partial(judge.get_reward_scores, messages, completions.texts))
+                # Score: the reward model reads the whole completion and gives one number for it, for an empty one too.
+                scores = together(partial(judge.reward_function, messages, completions.texts))
                 scores = torch.tensor(scores, dtype=torch.float32, device=device)
 
                 # Baseline: from earlier steps alone. If it depended on these completions, the gradient would be biased.

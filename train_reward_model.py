@@ -320,6 +320,7 @@ def main() -> None:
                 metrics = {
                     **pair_metrics.pair_metrics(columns),
                     "source": metadata["source"],
+                    "precision": evaluator.precision,
                     **reward_training.run_figures(trainer, watch),
                 }
                 log = trainer.state.log_history

@@ -29,6 +29,7 @@ from reward_pipeline.devices import autocast_dtype
 from reward_pipeline.evaluator import RewardModelEvaluator
 from reward_pipeline.files import InputError, write_text
 from reward_pipeline.policy_metrics import load_judge
+from reward_pipeline.processed import load_processed
 from reward_pipeline.processes import run_script
 from reward_pipeline.settings import Parser, filled_text, whole
 
@@ -68,7 +69,7 @@ def gradients(
     device, parameters = run.policy.device, list(run.policy.parameters())
     dtype, seed = computing_type(device), reinforce.step_seed(options.seed, 0, rollout)
     completions = rollouts.sample(run.policy, run.tokenizer, prompts, run.sampling, dtype, seed)
-    scores = judge.get_reward_scores([prompt.messages for prompt in prompts], completions.texts)
+    scores = judge.reward_function([prompt.messages for prompt in prompts], completions.texts)
     scores = torch.tensor(scores, dtype=torch.float32, device=device)
     totals = torch.zeros(2, sum(each.numel() for each in parameters), device=device)
     for start in range(0, len(prompts), options.micro_batch_size):
@@ -153,7 +154,8 @@ def main() -> None:
     options, state = read_run(given.run)
     run = open_run(options, policy=str(given.run))
     lengths = options.max_prompt_length, options.max_new_tokens
-    judge = load_judge("reward_model", options.reward_model, run.prompts, *lengths, run.policy.device)
+    validation = load_processed(options.data)[0]["validation"]
+    judge = load_judge("reward_model", options.reward_model, run.prompts, *lengths, run.policy.device, validation)
     prompts = next(rollouts.batches(run.prompts, options.completions_per_step, options.seed))
     prompts = sorted(prompts, key=lambda prompt: len(prompt.ids))  # micro-batches then have little padding
     numbers = tqdm(range(given.rollouts), desc="Rollouts")

@@ -30,6 +30,8 @@ from reward_pipeline import RewardModelEvaluator
 RewardModelEvaluator(".", form=True).get_reward_score("What is 2 + 2?", "4")
 ```
 """
+ROUNDED = """ There small margins depend on the batch;
+`evaluate_reward_model.py --full_precision` gives figures that are the same on every machine."""
 MARKUP = re.compile(r"[\\`*_\[\]|~$]")  # what would be read as Markdown within a cell
 
 
@@ -176,6 +178,7 @@ n = {metrics["shuffled_prompt_n"]:,} |
 
 The weights are the best of {metrics["candidates"]} checkpoint(s), chosen on up to
 {settings["max_eval_samples"]} of these pairs: with several of them the accuracy is slightly optimistic.
+Scored in {metrics["precision"]}.{"" if metrics["precision"] == "float32" else ROUNDED}
 
 {pictures}
 

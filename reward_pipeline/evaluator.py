@@ -7,6 +7,7 @@
 Higher is better; only differences between answers to one prompt have a meaning.
 """
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +17,7 @@ from typing import Any, Literal, NamedTuple, TypeVar, overload
 import numpy as np
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from reward_pipeline.conversations import (
     ASKING,
@@ -41,7 +42,7 @@ from reward_pipeline.models import (
 from reward_pipeline.prefix_sharing import share_prefixes
 from reward_pipeline.statistics import bootstrap_interval, paired_p_value, rate_interval, wins
 
-MODEL_PATH = "./reward_model_output"  # directory of the trained reward model
+MODEL_PATH = "./reward_model_output"  # directory or hub id of the trained reward model
 BATCH_SIZE = 16  # conversations scored at once
 MAX_LENGTH = 1024  # tokens, for models whose config does not say what they were trained with
 
@@ -64,14 +65,16 @@ class Member(NamedTuple):
 class RewardModelEvaluator:
     """Scores answers with a reward model or an ensemble.
 
-    In fp32 a score does not depend on what else is in the batch, up to rounding (1e-5).
+    In fp32 a score does not depend on what else is in the batch, up to rounding (1e-5). Several threads may use one
+    evaluator at once, and it can be copied, pickled and sent to another process.
 
     An ensemble's reward is the mean of its members' rewards minus `std_penalty` standard deviations (population
     formula over the members), which is cautious where they disagree (uncertainty-weighted optimisation,
     arXiv 2310.02743).
 
     Args:
-        model_path: directory of a trained reward model; several directories are an ensemble.
+        model_path: directory or hub id of a trained reward model, whole or as an adapter of PEFT; see
+            `models.load_trained_reward_model`. Several are an ensemble.
         device: where to compute; by default CUDA, then MPS, then CPU.
         mixed_precision: compute in bf16 (fp16 on older GPUs) where the hardware has it: faster, but a score then also
             depends on what else is in the batch, by up to some 0.01 (0.03 if the model was trained in fp32). Off by
@@ -85,10 +88,13 @@ class RewardModelEvaluator:
             the one to optimise a policy for.
 
     Attributes:
-        members: the models in the order given; `tokenizer`, `model` and `max_length` are those of the first.
+        members: the models in the order given; `model` and `max_length` are those of the first.
+        precision: the number format that it computes in, such as `bfloat16`.
+        tokenizer: a copy of the first one's. A call with truncation or padding changes a tokenizer until the next call,
+            also for other threads, so scoring keeps its own to itself.
 
     Raises:
-        InputError: a directory holds no complete one-label reward model, or, with `normalize`, no mean and deviation,
+        InputError: a name stands for no complete one-label reward model, or, with `normalize`, no mean and deviation,
             or, with `form`, a model that was trained without the form term; the device is not there.
     """
 
@@ -103,12 +109,14 @@ class RewardModelEvaluator:
     ):
         self.device = pick_device() if device is None else present_device(device)
         self.dtype = autocast_dtype(self.device) if mixed_precision else None
+        self.precision = str(self.dtype or torch.float32).removeprefix("torch.")
         self.std_penalty = std_penalty
         paths = [model_path] if isinstance(model_path, str | Path) else list(model_path)
         if not paths:
-            raise ValueError("model_path names no directory")
+            raise ValueError("model_path names no model")
         self.members = [load_member(str(path), self.device, self.dtype, normalize, form) for path in paths]
-        self.tokenizer, self.model, self.max_length = self.members[0][:3]
+        own_tokenizer, self.model, self.max_length = self.members[0][:3]
+        self.tokenizer = copy.deepcopy(own_tokenizer)
 
     # --- scores
 
@@ -125,7 +133,8 @@ class RewardModelEvaluator:
     ) -> float | tuple[float, float]:
         """Reward of one response. `prompt`: string, string with `<extra_id_1>` turns, or message list.
 
-        With `with_std` also the spread of the ensemble's members (0 for a single model).
+        With `with_std` also the spread of the ensemble's members (0 for a single model). An empty response is refused,
+        as in `get_reward_scores`.
         """
         scores, stds = self.get_reward_scores([prompt], [response], max_length=max_length, with_std=True)
         return (scores[0], stds[0]) if with_std else scores[0]
@@ -162,6 +171,9 @@ class RewardModelEvaluator:
     ) -> list[float] | tuple[list[float], list[float]]:
         """Rewards of N (prompt, response) pairs, in input order.
 
+        Empty answers are refused: no training sees one, so the reward that a model gives it means nothing, and it could
+        be the highest of all. For those of a policy, which have to get a number, see `reward_function`.
+
         Args:
             prompts: N prompts, in any form that `get_reward_score` takes.
             responses: N answers: strings, or message lists that end with the answer. The turns before it are context:
@@ -174,9 +186,11 @@ class RewardModelEvaluator:
             with_std: return the spread of the ensemble's members as a second list.
 
         Raises:
-            TypeError, ValueError: as `conversations.encode_batch`; `batch_size` is below 1, or `max_length` beyond the
-                positions of a member; InputError for a reward that is not finite.
+            TypeError, ValueError: as `conversations.encode_batch`; an answer is empty or white space alone (the message
+                has its index), `batch_size` is below 1, or `max_length` beyond the positions of a member; InputError
+                for a reward that is not finite.
         """
+        check_filled(responses)
         scores = self.get_member_scores(prompts, responses, batch_size, max_length, progress)
         combined = self.combine(scores).tolist()
         return (combined, scores.std(axis=0).tolist()) if with_std else combined
@@ -189,7 +203,7 @@ class RewardModelEvaluator:
         max_length: int | None = None,
         progress: bool | Callable[[int], object] = False,
     ) -> np.ndarray:
-        """(M, N) rewards by each of the M members, float64; arguments and errors as `get_reward_scores`."""
+        """(M, N) rewards by each of the M members, float64; as `get_reward_scores`, empty answers included."""
         return self.get_member_scores_and_cuts(prompts, responses, batch_size, max_length, progress)[0]
 
     @torch.inference_mode()
@@ -233,6 +247,9 @@ class RewardModelEvaluator:
 
     def reward_function(self, prompts: Sequence[Prompt], completions: Sequence[Response], **kwargs: Any) -> list[float]:
         """Rewards in the form that TRL's online trainers call: `reward_funcs=[evaluator.reward_function]`.
+
+        A policy samples an empty completion now and then, and its training must not stop: here such a one is ranked as
+        the model ranks it, wherever that is.
 
         Args:
             prompts: N prompts, strings or message lists; either way they are formatted by the chat template.
@@ -294,11 +311,13 @@ class RewardModelEvaluator:
             reward model may prefer the longer answer. Intervals are 95 % (`rate_interval`, `bootstrap_interval`).
 
         Raises:
-            ValueError: the lists differ in length or are empty.
+            ValueError: the lists differ in length or are empty, or an answer is.
         """
         if not len(prompts) == len(responses_a) == len(responses_b) > 0:
             lengths = f"{len(prompts)}, {len(responses_a)} and {len(responses_b)}"
             raise ValueError(f"compare_models needs a prompt and two answers each, not {lengths}")
+        check_filled(responses_a, "responses_a")
+        check_filled(responses_b, "responses_b")
         scores = self.get_reward_scores([*prompts, *prompts], [*responses_a, *responses_b])
         a, b = np.array(scores).reshape(2, len(prompts))
         groups = [repr(parse_prompt(prompt)) for prompt in prompts]
@@ -323,7 +342,7 @@ class RewardModelEvaluator:
 
         Raises:
             TypeError: they are neither.
-            ValueError: as `get_reward_scores`; an answer of a message list does not follow a user turn.
+            ValueError: as `get_reward_scores`; an answer is empty, or does not follow a user turn.
         """
         messages = dialogue_messages(turns)
         answers = [
@@ -334,6 +353,8 @@ class RewardModelEvaluator:
         for place in answers:
             if not place or messages[place - 1]["role"] not in ASKING:
                 raise ValueError(f"turn {place}: an answer follows a user turn, and this one does not")
+            if not messages[place]["content"].strip():
+                raise ValueError(f"turn {place}: the answer is empty")
         return self.get_reward_scores(
             [messages[:place] for place in answers], [messages[place]["content"] for place in answers]
         )
@@ -373,6 +394,20 @@ class RewardModelEvaluator:
         return logits[:, 0].float().tolist()
 
 
+def check_filled(responses: Sequence[Response], name: str = "responses") -> None:
+    """Make sure that no response is empty or white space alone.
+
+    Raises:
+        TypeError, ValueError: as `conversations.response_text`.
+        ValueError: one is; its index stands behind `name`.
+    """
+    if isinstance(responses, str):
+        raise TypeError(f"{name} is a list; for one response use get_reward_score")
+    for index, response in enumerate(responses):
+        if not response_text(response).strip():
+            raise ValueError(f"{name}[{index}] is empty, and a reward for no answer means nothing; leave it out")
+
+
 def present_device(name: str | torch.device) -> torch.device:
     """The device of this name.
 
@@ -396,10 +431,9 @@ def load_member(path: str, device: torch.device, dtype: torch.dtype | None, norm
     mean, std = 0.0, 1.0
     if normalize:
         reward = "reward_with_form" if form else "reward"
-        figures: list[Any] = [getattr(model.config, f"{reward}_{name}", None) for name in ("mean", "std")]
-        if figures[0] is None or not figures[1]:
+        if (scale := trained_scale(model.config, reward)) is None:
             raise InputError(f"{path}: config.json has no {reward}_mean and {reward}_std above 0, so no normalize=True")
-        mean, std = figures
+        mean, std = scale
     max_length = getattr(model.config, "reward_max_length", min(MAX_LENGTH, positions(model)))
     halve_prompt = trained_with_halved_prompts(model.config)
     shares = device.type == "cpu" and share_prefixes(model)
@@ -407,6 +441,12 @@ def load_member(path: str, device: torch.device, dtype: torch.dtype | None, norm
         for layer in inner_linear_layers(model):
             layer.weight.data = layer.weight.to(dtype)  # once, and not by autocast in every batch
     return Member(tokenizer, model.to(device), max_length, mean, std, shares, halve_prompt, form_model)
+
+
+def trained_scale(config: PreTrainedConfig, reward: str = "reward") -> tuple[float, float] | None:
+    """Mean and standard deviation of the rewards on the validation split of the training, where the config has them."""
+    mean, std = (getattr(config, f"{reward}_{name}", None) for name in ("mean", "std"))
+    return (mean, std) if mean is not None and std else None
 
 
 def check_templates(evaluator: RewardModelEvaluator, prompts: Sequence[Prompt], places: Sequence[str]) -> None:

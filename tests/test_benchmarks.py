@@ -585,7 +585,7 @@ def test_both_gradients_make_that_of_any_baseline(policy_run, monkeypatch):
     # At once, with the baseline in the loss.
     seed = reinforce.step_seed(options.seed, 0, 1)
     completions = rollouts.sample(run.policy, run.tokenizer, prompts, run.sampling, None, seed)
-    scores = torch.tensor(judge.get_reward_scores([prompt.messages for prompt in prompts], completions.texts))
+    scores = torch.tensor(judge.reward_function([prompt.messages for prompt in prompts], completions.texts))
     log_probs, others = (
         reinforce.log_probabilities(model, completions, options.temperature)[0] for model in (run.policy, run.reference)
     )

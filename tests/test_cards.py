@@ -29,6 +29,7 @@ METRICS = {
     ),
     **TRAINING,
     "device": "cpu (float32)",
+    "precision": "bfloat16",
 }
 
 
@@ -64,6 +65,8 @@ def test_the_hub_reads_where_a_reward_model_comes_from_and_how_good_it_is(tmp_pa
     assert "| accuracy, ties half | **0.625** (95 % interval " in card.text
     assert "shuffled among the pairs, lost by it | 0.500, +0.125 (" in card.text
     assert "of the same length | 0.500 (–, n = 2) |" in card.text
+    assert "\nScored in bfloat16. There small margins depend on the batch;\n" in card.text
+    assert "\nScored in float32.\n" in reward_card(tmp_path, METRICS | {"precision": "float32"}).text
     assert "by LoRA, merged" in card.text and "![margins](plots/margins.png)" in card.text
     assert "Reads 256 tokens. A conversation that fits is never cut" in card.text
 

@@ -4,16 +4,22 @@ import copy
 import gc
 import json
 import math
+import multiprocessing
 import pickle
+import re
 import shutil
+import sys
+import threading
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import scipy.stats
 import torch
-from conftest import save_reward_model
+from conftest import ROOT, save_reward_model
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
 from trl import GRPOConfig, GRPOTrainer
@@ -29,7 +35,7 @@ PROMPTS = [
     "word " * 300,
     "a\n<extra_id_1>Assistant\nb\n<extra_id_1>User\nc",
 ]
-RESPONSES = ["Hello!", "Red, or blue: " + "both " * 200, "Из-за рассеяния света. 🌤", "", "<|im_end|> d"]
+RESPONSES = ["Hello!", "Red, or blue: " + "both " * 200, "Из-за рассеяния света. 🌤", "!", "<|im_end|> d"]
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +247,34 @@ def test_a_length_beyond_the_positions_of_the_model_is_refused(evaluator):
         evaluator.get_reward_score("Hi", "Hello", max_length=2049)
 
 
+@pytest.mark.parametrize("empty", ["", " \n\t", [{"role": "assistant", "content": " "}]])
+def test_an_empty_answer_is_refused_by_its_index(evaluator, empty):
+    """Whatever reward the model would give it."""
+    for use in (
+        evaluator.compare_responses,
+        evaluator.best_of_n,
+        lambda *given: evaluator.filter_responses(*given, top_k=1),
+    ):
+        with pytest.raises(ValueError, match=r"responses\[1\] is empty"):
+            use("Hi", ["Hello!", empty, "Hm."])
+    with pytest.raises(ValueError, match=r"responses\[0\] is empty"):
+        evaluator.get_reward_score("Hi", empty)
+    with pytest.raises(ValueError, match=r"responses_b\[1\] is empty"):
+        evaluator.compare_models(["Hi", "Bye"], ["a", "b"], ["a", empty])
+    with pytest.raises(ValueError, match="turn 3: the answer is empty"):
+        evaluator.evaluate_conversation([("Hi", "Hello!"), ("Bye", " ")])
+
+
+def test_an_empty_completion_is_ranked_as_the_model_ranks_it(evaluator):
+    """A policy samples some, and its training goes on."""
+    ids = [encode(evaluator.tokenizer, "Hi", text, 128) for text in ("", "Hello!")]
+    with torch.no_grad():
+        expected = [evaluator.model(torch.tensor([each])).logits.item() for each in ids]
+    assert evaluator.reward_function(["Hi"] * 3, ["", "Hello!", " "]) == pytest.approx(
+        [*expected, expected[0]], abs=1e-5
+    )
+
+
 @pytest.mark.parametrize("options", [{"batch_size": 0}, {"batch_size": -1}, {"max_length": 0}, {"max_length": 31}])
 def test_impossible_sizes_are_refused(evaluator, options):
     with pytest.raises(ValueError, match=rf"{next(iter(options))} is .* must be at least"):
@@ -331,7 +365,7 @@ def test_there_is_one_reward_with_the_form_term_and_one_without(with_form_term, 
 
 
 def test_an_evaluator_needs_a_directory():
-    with pytest.raises(ValueError, match="names no directory"):
+    with pytest.raises(ValueError, match="names no model"):
         RewardModelEvaluator([])
 
 
@@ -405,7 +439,7 @@ CLEAN = [
     ("What is 2 + 2?", "4"),
     ("  Spaces around ", " kept out\n"),
     ("Кто там?", "Это я — почтальон.\n\n1. Да"),
-    ("x", ""),
+    ("x", "!"),
     ("The prompt takes more than half: " + "word " * 90, "1234567890"),
 ]
 
@@ -524,7 +558,64 @@ def test_a_device_that_is_not_there_is_named_in_one_line(tiny_reward_model, devi
     assert "\n" not in str(raised.value)
 
 
-# --- copies, pickles, memory -----------------------------------------------------------------------------------------
+# --- threads, copies, pickles, memory --------------------------------------------------------------------------------
+
+
+def test_threads_of_a_web_server_get_right_scores(evaluator):
+    """Also while another thread uses the tokenizer otherwise, which changes it until the next call."""
+    requests = [(f"Prompt {number % 5}", f"Answer {number} " + "and so on " * (number % 9)) for number in range(64)]
+    expected = evaluator.get_reward_scores(*zip(*requests, strict=True))
+    done = threading.Event()
+
+    def cut_and_pad():
+        while not done.is_set():
+            evaluator.tokenizer(["a b c d e f g h i j", "k"], truncation=True, padding=True, max_length=8)
+
+    with ThreadPoolExecutor(9) as pool:
+        other = pool.submit(cut_and_pad)
+        try:
+            scores = list(pool.map(evaluator.get_reward_score, *zip(*requests * 2, strict=True)))
+        finally:
+            done.set()
+        other.result()
+    assert scores == pytest.approx(expected * 2, abs=1e-5)
+
+
+def test_the_server_of_the_docs_scores_requests_together(tiny_reward_model, evaluator, monkeypatch):
+    """Its code as it stands there; of the two libraries only what it uses, since tests do without them."""
+    page = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, re.DOTALL) if "FastAPI" in block)
+
+    class Refused(Exception):
+        pass
+
+    app = SimpleNamespace(post=lambda path: lambda function: function)
+    monkeypatch.setitem(sys.modules, "fastapi", SimpleNamespace(FastAPI=lambda: app, HTTPException=Refused))
+    monkeypatch.setitem(sys.modules, "pydantic", SimpleNamespace(BaseModel=SimpleNamespace))
+    server: dict = {}
+    exec(code.replace("./reward_model_output", tiny_reward_model), server)
+    real, sizes = server["evaluator"].get_reward_scores, []
+
+    def recorded(prompts, responses):
+        sizes.append(len(prompts))
+        return real(prompts, responses)
+
+    server["evaluator"].get_reward_scores = recorded
+    answers = [f"Answer {number}" for number in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        bad = pool.submit(server["reward"], server["Asked"](prompt="Hi", response=" "))
+        scores = list(pool.map(lambda text: server["reward"](server["Asked"](prompt="Hi", response=text)), answers))
+        with pytest.raises(Refused, match="empty"):
+            raise bad.exception()
+    assert scores == pytest.approx(evaluator.get_reward_scores(["Hi"] * 40, answers), abs=1e-5)
+    assert len(sizes) < 40 and max(sizes) > 1
+
+
+def test_another_process_scores_alike(evaluator):
+    """One that is started afresh and gets the evaluator as a pickle, as a worker of a server does."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        scores = pool.apply(evaluator.get_reward_scores, (PROMPTS, RESPONSES))
+    assert scores == pytest.approx(evaluator.get_reward_scores(PROMPTS, RESPONSES), abs=1e-5)
 
 
 @torch.no_grad()

@@ -1,8 +1,10 @@
 import copy
 import json
+import pickle
 import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import huggingface_hub
@@ -11,6 +13,8 @@ import torch
 from conftest import Poison, flip_a_bit
 from hypothesis import given
 from hypothesis import strategies as st
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.decoders import Fuse
 from tokenizers.models import WordLevel
@@ -51,13 +55,19 @@ def test_a_download_that_breaks_off_falls_back(monkeypatch, smollm):
         models.resolve_model("some/model")
 
 
-def test_the_hub_cache_comes_before_the_packaged_weights(cache_of_the_hub, tiny_model):
-    repository = cache_of_the_hub / "models--HuggingFaceTB--SmolLM2-135M-Instruct"
+def in_cache(cache: Path, name: str, directory: str) -> Path:
+    """Put a model directory into the hub cache under an id, as a download does; returns where it is found."""
+    repository = cache / f"models--{name.replace('/', '--')}"
     (repository / "refs").mkdir(parents=True)
     (repository / "refs" / "main").write_text("a" * 40)
     snapshot = repository / "snapshots" / ("a" * 40)
     snapshot.parent.mkdir()
-    snapshot.symlink_to(tiny_model)
+    snapshot.symlink_to(directory)
+    return snapshot
+
+
+def test_the_hub_cache_comes_before_the_packaged_weights(cache_of_the_hub, tiny_model):
+    snapshot = in_cache(cache_of_the_hub, models.MODEL_NAME, tiny_model)
     source = models.resolve_model()
     assert source.path == str(snapshot)
     assert source.origin == f"hub {models.MODEL_NAME}, revision {'a' * 40}"
@@ -385,6 +395,116 @@ def test_a_reward_model_without_a_pad_token_gets_one(tiny_reward_model, tmp_path
     rewards = model(input_ids=ids, attention_mask=torch.tensor([[1, 1, 1, 1], [1, 1, 0, 0]])).logits
     alone = [plain(torch.tensor([row])).logits for row in ([5, 6, 7, 8], [5, 6])]
     assert torch.allclose(rewards, torch.cat(alone), atol=1e-5)
+
+
+# --- adapters --------------------------------------------------------------------------------------------------------
+
+
+def save_adapter(directory: Path, base: str, *, labels=1, targets=("q_proj", "up_proj"), **settings) -> PeftModel:
+    """Save a random adapter of a sequence classifier as PEFT does, and return it unmerged."""
+    torch.manual_seed(3)
+    model = AutoModelForSequenceClassification.from_pretrained(base, num_labels=labels, dtype=torch.float32)
+    lora = LoraConfig(r=4, target_modules=list(targets), init_lora_weights=False, **{"task_type": "SEQ_CLS"} | settings)
+    adapted = get_peft_model(model, lora).eval()
+    adapted.save_pretrained(directory)
+    return adapted
+
+
+@pytest.mark.parametrize("settings", [{}, {"task_type": None, "modules_to_save": ["score"]}])
+def test_an_adapter_is_merged_into_its_base(tiny_model, small_tokenizer, tmp_path, settings):
+    adapted = save_adapter(tmp_path, tiny_model, **settings)
+    small_tokenizer.save_pretrained(tmp_path)
+    tokenizer, model = models.load_trained_reward_model(str(tmp_path))
+    assert tokenizer.chat_template == small_tokenizer.chat_template and not isinstance(model, PeftModel)
+    assert (model.config.num_labels, model.config.pad_token_id, model.name_or_path) == (1, 0, str(tmp_path))
+    ids, plain = torch.arange(100, 140)[None], AutoModelForSequenceClassification.from_pretrained(tiny_model)
+    with torch.no_grad():
+        assert torch.allclose(model(ids).logits, adapted(ids).logits, atol=1e-5)
+        assert not torch.allclose(model.model(ids).last_hidden_state, plain.model(ids).last_hidden_state, atol=0.1)
+    assert pickle.loads(pickle.dumps(model))(ids).logits == model(ids).logits
+
+
+def test_a_config_beside_an_adapter_counts(tiny_reward_model, tmp_path):
+    """Its limit and means are those of the training; the tokenizer is the base's where none was saved."""
+    save_adapter(tmp_path, tiny_reward_model)
+    shutil.copy(Path(tiny_reward_model) / "config.json", tmp_path)
+    change_json(tmp_path / "config.json", reward_max_length=77, reward_mean=0.5)
+    tokenizer, model = models.load_trained_reward_model(str(tmp_path))
+    assert (model.config.reward_max_length, model.config.reward_mean) == (77, 0.5)
+    assert tokenizer("Hello")["input_ids"] == models.load_tokenizer(tiny_reward_model)("Hello")["input_ids"]
+
+
+def test_adapters_that_are_no_reward_models_are_named(tiny_model, tmp_path):
+    def refused(name, message):
+        with pytest.raises(InputError, match=f"{name}: {message}") as error:
+            models.load_trained_reward_model(str(tmp_path / name))
+        assert "\n" not in str(error.value)
+
+    save_adapter(tmp_path / "two", tiny_model, labels=2)
+    refused("two", "has 2 labels, but a reward model has one")
+    save_adapter(tmp_path / "whole", tiny_model)
+    headless = shutil.copytree(tmp_path / "whole", tmp_path / "headless")
+    tensors = load_file(headless / "adapter_model.safetensors")
+    save_file(
+        {name: each for name, each in tensors.items() if "score" not in name}, headless / "adapter_model.safetensors"
+    )
+    refused("headless", r"has no trained reward head; save 'score' with it \(modules_to_save\)")
+    half = shutil.copytree(tmp_path / "whole", tmp_path / "half")
+    save_file(
+        {name: each for name, each in tensors.items() if "up_proj" not in name}, half / "adapter_model.safetensors"
+    )
+    refused("half", "can not be loaded .*missing adapter keys")
+    broken = shutil.copytree(tmp_path / "whole", tmp_path / "broken")
+    (broken / "adapter_model.safetensors").write_bytes(b"nothing")
+    refused("broken", "can not be loaded")
+    lost = shutil.copytree(tmp_path / "whole", tmp_path / "lost")
+    change_json(lost / "adapter_config.json", base_model_name_or_path="no/such")
+    refused("lost", "is an adapter, and its base model is not here: no/such: ")
+    change_json(lost / "adapter_config.json", base_model_name_or_path=None)
+    refused("lost", "is an adapter, and its base model is not here")
+    change_json(lost / "adapter_config.json", task_type="CAUSAL_LM", base_model_name_or_path=tiny_model)
+    refused("lost", "is an adapter for CAUSAL_LM, but a reward model is one for SEQ_CLS")
+
+
+def test_pickled_adapters_are_never_loaded(tiny_model, tmp_path):
+    trap = tmp_path / "trap"
+    save_adapter(tmp_path, tiny_model)
+    (tmp_path / "adapter_model.safetensors").unlink()
+    torch.save({"base_model.model.score.weight": Poison(trap)}, tmp_path / "adapter_model.bin")
+    with pytest.raises(InputError, match=r"no adapter_model\.safetensors; pickled adapters are not read"):
+        models.load_trained_reward_model(str(tmp_path))
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize("load", [models.load_sft_model, partial(models.load_reward_model, pad_token_id=0, seed=1)])
+def test_an_adapter_is_no_base_model(tiny_model, tmp_path, load):
+    save_adapter(tmp_path, tiny_model)
+    with pytest.raises(InputError, match=r"no config\.json"):
+        models.resolve_model(str(tmp_path))
+    with pytest.raises(InputError, match="is an adapter and not a whole model; merge it into its base model first"):
+        load(str(tmp_path))
+
+
+# --- names of reward models ------------------------------------------------------------------------------------------
+
+
+def test_reward_models_are_named_by_hub_id_or_home_too(cache_of_the_hub, tiny_reward_model, monkeypatch, tmp_path):
+    in_cache(cache_of_the_hub, "some/judge", tiny_reward_model)
+    monkeypatch.setenv("HOME", str(Path(tiny_reward_model).parent))
+    ids = torch.arange(100, 140)[None]
+    expected = models.load_trained_reward_model(tiny_reward_model)[1](ids).logits
+    for name in ("some/judge", f"~/{Path(tiny_reward_model).name}"):
+        assert models.load_trained_reward_model(name)[1](ids).logits == expected
+    assert models.resolve_model(f"~/{Path(tiny_reward_model).name}").path == tiny_reward_model
+
+
+@pytest.mark.parametrize("name", ["./reward_model_output", "reward_model_output", "a/b/c", "~/nothing", "/no/where"])
+def test_a_missing_reward_model_is_not_looked_for_on_the_hub(monkeypatch, tmp_path, name):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(models, "resolve_model", None)
+    remedy = r"run train_reward_model\.py first, or name a directory or hub id"
+    with pytest.raises(InputError, match=f"^{name}: no trained reward model here; {remedy}"):
+        models.load_trained_reward_model(name)
 
 
 def test_untrained_and_foreign_heads_are_refused(tiny_model, tiny_reward_model, tmp_path):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import save_reward_model
+from datasets import Dataset
 
 from reward_pipeline import policy_metrics
 from reward_pipeline.conversations import encode
@@ -35,15 +36,31 @@ BEFORE = answers(["a b c", "a b c", "d", ""], [4, 4, 2, 2], [True, True, False, 
 AFTER = answers(["a b c a b c", "x y z", "d e", "f"], [7, 4, 3, 4], [True, True, True, True], [1, 2, 3, 4])
 
 
+VALIDATION = Dataset.from_list(
+    [
+        {
+            "prompt": [{"role": "user", "content": f"Say {number}."}],
+            "chosen": [{"role": "assistant", "content": f"{number}!"}],
+            "rejected": [{"role": "assistant", "content": "no" * number}],
+            "place": f"pairs.jsonl row {number}",
+        }
+        for number in range(1, 9)
+    ]
+)
+
+
 class WordCountingJudge:
     """Reward: the number of words, times a factor."""
 
     def __init__(self, factor: float):
         self.factor = factor
 
-    def get_reward_scores(self, prompts, responses, progress):
+    def get_member_scores(self, prompts, responses, progress):
         assert [prompt[-1]["content"] for prompt in prompts] == ["p", "q", "r", "s"] * 2
-        return [self.factor * len(text.split()) for text in responses]
+        return np.array([[self.factor * len(text.split()) for text in responses]])
+
+    def combine(self, scores):
+        return scores[0]
 
 
 def test_the_comparison_by_a_judge_by_hand():
@@ -92,9 +109,9 @@ def test_p_values_keep_their_digits():
 
 
 @pytest.fixture(scope="module")
-def judge(tmp_path_factory, tiny_model, tokenizer) -> Path:
+def judge(tmp_path_factory, tiny_model, small_tokenizer) -> Path:
     """A judge of 64 tokens."""
-    directory = Path(save_reward_model(tmp_path_factory.mktemp("judge"), tiny_model, tokenizer, 0.3, 64))
+    directory = Path(save_reward_model(tmp_path_factory.mktemp("judge"), tiny_model, small_tokenizer, 0.3, 64))
     change_config(directory, reward_mean=1.5, reward_std=0.25)
     return directory
 
@@ -105,7 +122,27 @@ def change_config(directory: Path, **changes) -> None:
 
 
 def load(path: Path, prompt: int, completion: int):
-    return policy_metrics.load_judge("reward_model", str(path), PROMPTS, prompt, completion, torch.device("cpu"))
+    device = torch.device("cpu")
+    return policy_metrics.load_judge("reward_model", str(path), PROMPTS, prompt, completion, device, VALIDATION)
+
+
+def test_a_judge_without_figures_of_its_training_is_measured(judge, monkeypatch, capsys):
+    """Its rewards for the answers of our validation pairs have a mean of 0 and a deviation of 1."""
+    monkeypatch.setattr(policy_metrics, "SCALE_PAIRS", 5)
+    change_config(judge, reward_mean=None, reward_std=None)
+    try:
+        loaded = load(judge, 48, 15)
+    finally:
+        change_config(judge, reward_mean=1.5, reward_std=0.25)
+    pairs = VALIDATION[:5]
+    rewards = loaded.get_reward_scores(pairs["prompt"] * 2, pairs["chosen"] + pairs["rejected"])
+    assert (np.mean(rewards), np.std(rewards)) == (pytest.approx(0, abs=1e-5), pytest.approx(1, abs=1e-5))
+    assert "has no reward_mean and reward_std; measured on 5 validation pairs" in capsys.readouterr().out
+    assert policy_metrics.judge_identity(loaded)["reward_std"] == loaded.members[0].std != 1
+    with torch.no_grad():
+        loaded.model.score.weight.zero_()
+    with pytest.raises(InputError, match="gives all validation answers the same reward"):
+        policy_metrics.measured_scale(loaded, VALIDATION)
 
 
 def test_a_judge_reads_whole_prompts_and_completions(judge, small_tokenizer):

@@ -2,13 +2,15 @@
 
 import json
 import math
+import os
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 from conftest import names_of, parse, run_main
 
-from reward_pipeline import RewardModelEvaluator
+from reward_pipeline import RewardModelEvaluator, models
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +54,22 @@ def test_which_models_have_seen_the_sample_alone(tmp_path, written, alone):
     assert names_of("reward_model_demo")["trained_on_sample"](tmp_path) == alone
 
 
+def test_a_model_of_the_hub_is_used_and_left_as_it_is(monkeypatch, evaluator, tiny_reward_model, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    model = Path(shutil.copytree(tiny_reward_model, tmp_path / "snapshot"))
+    (model / "metrics.json").write_text(json.dumps({"source": "sample pairs of this project"}))
+    monkeypatch.setattr(models, "resolve_model", lambda name: models.ModelSource(str(model), f"hub {name}"))
+    before = sorted(tmp_path.rglob("*"))
+    run(monkeypatch, "some/judge")
+    assert sorted(tmp_path.rglob("*")) == before
+    printed = capsys.readouterr().out
+    assert "the sample pairs of this project alone" in printed and "written to" not in printed
+    run(monkeypatch, "some/judge", "--output", "result.json")
+    first = json.loads(Path("result.json").read_text())["comparisons"][0]
+    best = evaluator.best_of_n(first["prompt"], [each["response"] for each in first["ranking"]])
+    assert first["ranking"][0] == {"response": best[0], "reward": pytest.approx(best[1], abs=1e-5)}
+
+
 def test_prompt_and_responses(monkeypatch, evaluator, tiny_reward_model, tmp_path, capsys):
     run(monkeypatch, tiny_reward_model, "--prompt", "Hi", "--responses", "a", "b", "--output", tmp_path / "r.json")
     ranking = json.loads((tmp_path / "r.json").read_text())["ranking"]
@@ -73,7 +91,15 @@ def test_a_file_is_scored(monkeypatch, evaluator, tiny_reward_model, write_jsonl
     scored = json.loads((tmp_path / "scores.jsonl").read_text())
     expected = pytest.approx(evaluator.get_reward_score("Hi", "a"), abs=1e-5)
     assert scored == {"prompt": "Hi", "response": "a", "reward": expected}
-    assert "1 rows scored" in capsys.readouterr().out
+    assert f"1 rows of local file {source} scored" in capsys.readouterr().out
+
+
+def test_a_source_is_found_before_the_model(monkeypatch, tmp_path):
+    flags = ("--file", "missing.jsonl", "--output", tmp_path / "scores.jsonl")
+    with pytest.raises(SystemExit, match=r"error: missing\.jsonl: no such file or directory"):
+        run(monkeypatch, tmp_path / "nothing", *flags)
+    with pytest.raises(SystemExit, match=r"error: sample: files have no splits; leave --split test out"):
+        run(monkeypatch, tmp_path / "nothing", "--file", "sample", "--split", "test", *flags[2:])
 
 
 def test_the_form_term_is_added_where_the_training_had_it(monkeypatch, evaluator, tiny_reward_model, tmp_path):
@@ -103,11 +129,14 @@ def test_a_missing_model_is_one_line(monkeypatch, tmp_path):
         (["--prompt", "a\n<extra_id_1>Assistant\nb", "--responses", "c"], "--prompt: .* must end with a user turn"),
         (["--file", "in.jsonl"], "--file: goes with --output"),
         (["--file", "in.jsonl", "--output", "o", "--prompt", "a", "--responses", "b"], "--file: .*without --prompt"),
-        (["--file", "missing.jsonl", "--output", "o"], "--file: missing.jsonl must be a file"),
+        (["--file", "once", "--output", "o"], "--file: once can be read only once, and is read twice; save it in"),
+        (["--split", "test"], "--split: goes with --file"),
+        (["--file", "parts", "--output", "parts/new/o.jsonl"], "--output: must lie outside of --file parts"),
         (["--file", "in.jsonl", "--output", "."], "--output: . is a directory; name a file"),
         (["--file", "in.jsonl", "--output", "./in.jsonl"], "--output: must be another file than --file"),
         (["--file", "in.jsonl", "--output", "link.jsonl"], "--output: must be another file than --file"),
         (["--model", ""], "--model: must not be empty"),
+        (["--prompt", "a", "--responses", "b", " "], "--responses: must not be empty"),
         (["--mixed_precision", "maybe"], "--mixed_precision: must be true or false"),
         (["--nonsense"], "--nonsense: unknown flag"),
     ],
@@ -116,6 +145,8 @@ def test_wrong_flags_are_one_line(arguments, message, tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     (tmp_path / "in.jsonl").write_text("")
     (tmp_path / "link.jsonl").symlink_to("in.jsonl")
+    (tmp_path / "parts").mkdir()
+    os.mkfifo(tmp_path / "once")
     with pytest.raises(SystemExit) as ended:
         parse("reward_model_demo", *arguments)
     assert ended.value.code == 1

@@ -74,7 +74,7 @@ def test_staging_is_cleared_before_and_after(tmp_path):
     ("LlamaForSequenceClassification", True, True), ("LlamaForCausalLM", True, False),
     ("LlamaForSequenceClassification", False, False), ("LlamaForCausalLM", False, True),
 ])  # fmt: skip
-def test_a_model_of_the_other_kind_is_not_overwritten(tmp_path, architecture, rewards, fine):
+def test_a_model_of_the_other_kind_is_not_overwritten(tmp_path, monkeypatch, architecture, rewards, fine):
     (tmp_path / "checkpoints").mkdir()
     (tmp_path / "config.json").write_text(json.dumps({"architectures": [architecture]}))
     if fine:
@@ -84,3 +84,6 @@ def test_a_model_of_the_other_kind_is_not_overwritten(tmp_path, architecture, re
             runs.claim_output(tmp_path, [], rewards)
     with pytest.raises(InputError, match="this run reads the model there"):
         runs.claim_output(tmp_path, [str(tmp_path)], rewards)
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    with pytest.raises(InputError, match="this run reads the model there"):
+        runs.claim_output(tmp_path, ["some/model", f"~/{tmp_path.name}"], rewards)

@@ -168,7 +168,7 @@ def test_the_evaluation_is_of_the_answers_that_are_saved(finished, toy):
     for name, prefix, judge in (("reward", "", "judge"), ("second_judge", "second_judge_", "second")):
         scorer = RewardModelEvaluator(str(toy / judge), device="cpu", normalize=True)
         for when in ("before", "after"):
-            scores = scorer.get_reward_scores([row["prompt"] for row in rows], [row[when] for row in rows])
+            scores = scorer.reward_function([row["prompt"] for row in rows], [row[when] for row in rows])
             assert scores == pytest.approx([row[f"{name}_{when}"] for row in rows], abs=1e-4)
             assert np.mean(scores) == pytest.approx(results[f"{prefix}reward_{when}"], abs=1e-4)
         low, high = results[f"{prefix}reward_gain_interval"]
@@ -228,7 +228,7 @@ def test_a_bandit_climbs_to_near_its_maximum(run, monkeypatch, baseline, dtype):
     """Reward: how often the word c stands among 5 words."""
     monkeypatch.setattr(devices, "autocast_dtype", lambda device: dtype)
     monkeypatch.setattr(
-        RewardModelEvaluator, "get_reward_scores", lambda self, prompts, texts, **_: [text.count("c") for text in texts]
+        RewardModelEvaluator, "reward_function", lambda self, prompts, texts, **_: [text.count("c") for text in texts]
     )
     output = run(
         "--completions_per_step", 32, "--micro_batch_size", 32, "--steps", 40, "--save_steps", 100, "--baseline",
@@ -357,7 +357,7 @@ def test_a_score_that_is_not_finite_names_the_row_of_its_prompt(refused, tmp_pat
     def score(self, prompts, texts, **options):
         return [math.inf if number == 3 else 0.0 for number in range(len(texts))]
 
-    monkeypatch.setattr(RewardModelEvaluator, "get_reward_scores", score)
+    monkeypatch.setattr(RewardModelEvaluator, "reward_function", score)
     message = refused("--steps", 1)
     assert "update 1: score is inf at" in message and message.count("pairs.jsonl row") == 1
     assert not list((tmp_path / "policy" / "checkpoints").glob("checkpoint-*"))  # nothing learned from it

@@ -178,6 +178,7 @@ def test_a_run_leaves_everything_promised(train, processed, tiny_model, capsys, 
     assert metrics["source"].startswith("local file")
     assert metrics["train_pairs_per_second"] > 0
     evaluator = RewardModelEvaluator(str(output), mixed_precision=True)
+    assert metrics["precision"] == evaluator.precision
     rewards = [
         [evaluator.get_reward_score(row["prompt"], row[side]) for row in validation] for side in ("chosen", "rejected")
     ]
