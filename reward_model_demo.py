@@ -21,7 +21,7 @@ from pathlib import Path
 from reward_pipeline.conversations import Prompt, parse_prompt
 from reward_pipeline.files import write_text
 from reward_pipeline.processes import run_script
-from reward_pipeline.settings import Parser, boolean, filled_text
+from reward_pipeline.settings import Parser, boolean, column, filled_text
 
 # ---------------------------------------------------------------------------------------------------------------------
 MODEL = "./reward_model_output"  # directory or hub id of the trained reward model
@@ -68,6 +68,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.flag("responses", None, filled_text, "answers to --prompt", nargs="+", metavar="RESPONSE")
     parser.flag("file", None, filled_text, "file, directory or hub dataset to score", metavar="SOURCE")
     parser.flag("split", None, filled_text, "of a dataset repository, with --file")
+    parser.flag("columns", None, column, "names in a layout that is not known: prompt=question …", nargs="+")
     parser.flag("output", None, filled_text, "JSON file for the result (JSONL with --file)")
     parser.flag("mixed_precision", MIXED_PRECISION, boolean, "compute in bf16 where the hardware has it")
     parser.flag("form", FORM, boolean, "rewards with the form term of the training")
@@ -76,8 +77,9 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
         parser.error("--prompt and --responses: go together")
     if options.file and (options.prompt or not options.output):
         parser.error("--file: goes with --output, and without --prompt")
-    if options.split and not options.file:
-        parser.error("--split: goes with --file")
+    for name in ("split", "columns"):
+        if vars(options)[name] and not options.file:
+            parser.error(f"--{name}: goes with --file")
     options.output = Path(options.output) if options.output else None
     if options.output and options.output.is_dir():
         parser.error(f"--output: {options.output} is a directory; name a file")
@@ -111,7 +113,7 @@ def main() -> None:
 
     # --- every row of a file
     if options.file:
-        rows = score_file(evaluator, source, options.output, options.split)
+        rows = score_file(evaluator, source, options.output, options.split, options.columns or ())
         print(f"{rows:,} rows of {source.origin} scored, written to {options.output}")
         return
 

@@ -2,17 +2,18 @@
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
 
-from reward_pipeline.conversations import Messages, Prompt, Response, parse_prompt, response_text, turns_before_answer
+from reward_pipeline.conversations import Messages, Response, response_text, turns_before_answer
 from reward_pipeline.evaluator import RewardModelEvaluator, check_templates
 from reward_pipeline.files import InputError, replace_file, sole_writer
-from reward_pipeline.layouts import in_our_columns
-from reward_pipeline.sources import Row, Source, open_source
+from reward_pipeline.layouts import cells, in_our_columns, recognised, renamed
+from reward_pipeline.schemas import in_turns
+from reward_pipeline.sources import BadRow, Row, Source, open_source
 
 CHUNK = 1024  # rows in memory at once
 NEEDED = "prompt, and response, responses, or chosen and rejected, or be in a published layout"
@@ -20,7 +21,13 @@ NEEDED = "prompt, and response, responses, or chosen and rejected, or be in a pu
 Values = dict[str, Any]
 
 
-def score_file(evaluator: RewardModelEvaluator, source: Source, target: Path, split: str | None = None) -> int:
+def score_file(
+    evaluator: RewardModelEvaluator,
+    source: Source,
+    target: Path,
+    split: str | None = None,
+    columns: Sequence[str] = (),
+) -> int:
     """Score every row of a source into a JSONL file, which appears only when it is complete; returns the rows.
 
     A row holds a `prompt`, and `response`, `responses`, or `chosen` and `rejected`; `reward`, `rewards`, or
@@ -30,13 +37,14 @@ def score_file(evaluator: RewardModelEvaluator, source: Source, target: Path, sp
     Args:
         source: read twice: it is opened again by its name.
         split: that it was opened with.
+        columns: names of columns, as `layouts.renamed` takes them.
 
     Raises:
         InputError: names the first row that can not be scored, and nothing is written; another run writes there.
     """
     rows = answers = 0
     # A first pass: a bad row is found before the work is done.
-    for chunk in chunks(tqdm(checked_rows(source.rows), desc="Checking", unit=" rows")):
+    for chunk in chunks(tqdm(checked_rows(renamed(source.rows, columns)), desc="Checking", unit=" rows")):
         contexts = [(context, place) for place, row in chunk for context in row_contexts(row)]
         check_templates(evaluator, [context for context, _ in contexts], [place for _, place in contexts])
         rows += len(chunk)
@@ -45,8 +53,9 @@ def score_file(evaluator: RewardModelEvaluator, source: Source, target: Path, sp
         raise InputError(f"{source.name}: has no rows")
     bar = tqdm(total=answers * len(evaluator.members), desc="Scoring", unit=" answers")
     with sole_writer(target, target.with_name(f".{target.name}.lock")), replace_file(target) as file, bar:
-        for chunk in chunks(checked_rows(open_source(source.name, split).rows)):
-            flat = [(row_prompt(row), answer) for _, row in chunk for answer in row_answers(row).values()]
+        for chunk in chunks(checked_rows(renamed(open_source(source.name, split).rows, columns))):
+            read = [in_turns(row) for _, row in chunk]
+            flat = [(row["prompt"], answer) for row in read for answer in row_answers(row).values()]
             prompts, responses = [prompt for prompt, _ in flat], [answer for _, answer in flat]
             scores = iter(evaluator.get_reward_scores(prompts, responses, progress=bar.update))
             for _, row in chunk:
@@ -70,13 +79,25 @@ def checked_rows(rows: Iterable[Row]) -> Iterator[tuple[str, Values]]:
         InputError: names the first row that can not, and what is wrong with it.
     """
     for given in rows:
-        # Many answers to a prompt are scored as they stand, also where they have ratings that would make pairs of them.
-        as_it_is = not given.problem and {"prompt", "responses"} <= given.values.keys()
-        for row in [given] if as_it_is else in_our_columns([given]):
+        for row in _our_rows(given):
             if row.problem:
                 raise InputError(f"{row.location}: {row.problem}")
             check_row(row.location, row.values)
             yield row.location, row.values
+
+
+def _our_rows(row: Row) -> Iterable[Row]:
+    """A row in our columns; answers to a prompt as they stand, also where ratings would make pairs of them."""
+    if row.problem:
+        return [row]
+    try:
+        values = cells(row.values)
+    except BadRow as error:
+        return [row._replace(problem=str(error))]
+    answers = "prompt" in values and {"response", "responses"} & values.keys() and "chosen" not in values
+    if answers or recognised(values) is None:  # what is missing in other rows is said for this script's columns
+        return [row._replace(values=values)]
+    return in_our_columns([row])
 
 
 def check_row(place: str, row: Values) -> None:
@@ -97,13 +118,6 @@ def check_row(place: str, row: Values) -> None:
         raise InputError(f"{place}: {error}") from error
     if empty:
         raise InputError(f"{place}: {empty[0]} is empty, and a reward for no answer means nothing; leave it out")
-
-
-def row_prompt(row: Values) -> Prompt:
-    """The prompt of a row; without one, what stands before the chosen answer in its message list."""
-    if "prompt" not in row and isinstance(row["chosen"], list):
-        return row["chosen"][:-1]
-    return row["prompt"]
 
 
 def row_answers(row: Values) -> dict[str, Response]:
@@ -127,12 +141,11 @@ def row_contexts(row: Values) -> list[Messages]:
     """The turns of the prompt, and those before each answer where a message list has more of them.
 
     Raises:
-        KeyError, TypeError, ValueError: as `row_answers` and `turns_before_answer`.
+        KeyError, TypeError, ValueError: as `in_turns`, `row_answers` and `turns_before_answer`.
     """
-    prompt = row_prompt(row)
-    messages = parse_prompt(prompt)
-    contexts = [turns_before_answer(prompt, answer) for answer in row_answers(row).values()]
-    return [messages, *(context for context in contexts if context != messages)]
+    row = in_turns(row)
+    contexts = [turns_before_answer(row["prompt"], answer) for answer in row_answers(row).values()]
+    return [row["prompt"], *(context for context in contexts if context != row["prompt"])]
 
 
 def with_rewards(row: Values, rewards: list[float]) -> Values:

@@ -44,7 +44,7 @@ class Layout(NamedTuple):
 def recognised(row: Values) -> Layout | None:
     """The first layout whose columns the row has."""
     try:
-        return _layout(_cells(row))
+        return _layout(cells(row))
     except BadRow:
         return None
 
@@ -68,11 +68,12 @@ def in_our_columns(rows: Iterable[Row]) -> Iterator[Row]:
             yield row
             continue
         try:
-            values = _cells(row.values)
+            values = cells(row.values)
             layout = _layout(values)
             if layout is None:
                 missing = next((name for name in ("chosen", "rejected") if name not in values), "prompt")
-                reason = f"missing column {missing}: there are {shown_columns(row.values)} (--columns takes other names)"
+                there = shown_columns(row.values)
+                reason = f"missing column {missing}: there are {there} (--columns takes other names)"
                 yield row._replace(problem=unknown.setdefault(missing, reason))
             else:
                 yield from (row._replace(values=each) for each in _read(layout, values))
@@ -131,7 +132,7 @@ def _at(row: Values, path: str) -> Any:
     return value
 
 
-def _cells(row: Values) -> Values:
+def cells(row: Values) -> Values:
     """A row with the message lists in it as such, whatever the container made of them.
 
     Its names are as we write them too: a table made by hand may say `Prompt` or `Chosen rating`.

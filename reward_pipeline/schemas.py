@@ -117,9 +117,8 @@ def check_pair(row: dict[str, Any]) -> dict[str, Any]:
             raise BadRow("null")
     if "prompt" not in row and not isinstance(row["chosen"], list):
         raise BadRow("missing column prompt")
-    row = read_transcripts(row)
-    prompt = _with_system(_checked_prompt(row["prompt"] if "prompt" in row else row["chosen"][:-1]), row)
-    messages, others = (_context(prompt, row, side) for side in ("chosen", "rejected"))
+    row = in_turns(row)
+    messages, others = (_context(row["prompt"], row, side) for side in ("chosen", "rejected"))
     if stripped_turns(messages) != stripped_turns(others):
         raise BadRow("chosen and rejected answer different turns")
     if not messages[-1]["content"].strip():
@@ -165,6 +164,20 @@ def checked_pairs(rows: Iterable[Row]) -> Iterator[tuple[Row, dict[str, Any] | N
 
 def _is_null(value: Any) -> bool:
     return is_empty(value) and value != ""  # an empty text has a reason of its own
+
+
+def in_turns(row: dict[str, Any]) -> dict[str, Any]:
+    """A row with its prompt as messages: transcripts are read, the system column is a turn.
+
+    Without a prompt it is what stands before the chosen answer in its message list.
+
+    Raises:
+        BadRow: the prompt is no conversation that can be answered.
+        KeyError: there is none.
+    """
+    row = read_transcripts(row)
+    implicit = "prompt" not in row and isinstance(row["chosen"], list)
+    return {**row, "prompt": _with_system(_checked_prompt(row["chosen"][:-1] if implicit else row["prompt"]), row)}
 
 
 def _checked_prompt(prompt: Any) -> Messages:

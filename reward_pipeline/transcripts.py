@@ -182,11 +182,12 @@ def answered_turns(text: str) -> Messages | None:
 
 
 def read_transcripts(row: dict[str, Any]) -> dict[str, Any]:
-    """A pair with its prompt and its answers as messages where they are transcripts, and answers without the prompt.
+    """A row with its prompt, and a pair's answers, as messages where they are transcripts; answers without the prompt.
 
     Answers are changed only where both are of one kind: a story told as a dialogue is an answer too.
     """
-    prompt, answers = row.get("prompt"), [row["chosen"], row["rejected"]]
+    prompt = row.get("prompt")
+    answers: list[Any] = [row.get("chosen"), row.get("rejected")]
     turns = asked_turns(prompt) if isinstance(prompt, str) else None
     read = row if turns is None else {**row, "prompt": turns}
     if not all(isinstance(answer, str) for answer in answers):
