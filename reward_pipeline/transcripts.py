@@ -128,9 +128,14 @@ SYSTEM = re.compile(r"\s*<<SYS>>(.*?)<</SYS>>(.*)", re.DOTALL)
 
 def without_end(text: str) -> str:
     """A text without the tokens that end a turn; one without any stays as it is."""
-    while end := next((end for end in ENDS if text.rstrip().endswith(end)), ""):
-        text = text.rstrip().removesuffix(end).rstrip()
-    return text
+    stop, ended = len(text), False
+    while True:
+        while stop and text[stop - 1].isspace():
+            stop -= 1
+        end = next((end for end in ENDS if text.endswith(end, 0, stop)), None)
+        if end is None:
+            return text[:stop] if ended else text
+        stop, ended = stop - len(end), True
 
 
 def transcript(text: str) -> tuple[Transcript, Messages] | None:

@@ -760,8 +760,10 @@ def test_data_of_another_version_is_named(train, processed):
 
 def test_a_stream_trains_and_goes_on_without_prepared_data(train, stop_after, write_jsonl, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    source = write_jsonl(make_pairs(30), "stream.jsonl")
+    rows = [{"question": pair.pop("prompt"), **pair} for pair in make_pairs(30)]
+    source = write_jsonl(rows, "stream.jsonl")
     flags = ("--streaming", source, "--max_length", "64", "--max_steps", "6", "--max_eval_samples", "3")
+    flags = (*flags, "--columns", "prompt=question")
     flags = (*flags, *SMALL, "--eval_steps", "2", "--save_steps", "2")
     whole = train(*flags, output="whole")
     metrics = json.loads((whole / "metrics.json").read_text())

@@ -239,6 +239,12 @@ def test_short_prompts_may_be_repeated_by_chance():
         assert read_transcripts(row) == row
 
 
+def test_the_ends_of_turns_go_and_nothing_else():
+    texts = {"a <|im_end|>\n": "a", "a</s> <s> ": "a", " a ": " a ", "a</s>b": "a</s>b", "</s>": "", "": ""}
+    assert {text: without_end(text) for text in texts} == texts
+    assert without_end("a" + " </s>" * 100_000) == "a"
+
+
 @given(st.lists(st.sampled_from(["<|im_start|>", "user\n", "[INST]", "[/INST]", "Human:", "\n", " ", "a", "</s>"])))
 def test_any_text_is_a_transcript_or_not(pieces):
     if found := transcript("".join(pieces)):
