@@ -70,6 +70,7 @@ def main() -> None:
         data_statistics,
         digest,
         form_statistics,
+        id_digest,
         make_unique,
         tokenize_pairs,
         whole_columns,
@@ -136,6 +137,7 @@ def main() -> None:
             "split_digests": {
                 name: digest(keys["pair_key"][indices], keys["swapped"][indices]) for name, indices in members.items()
             },
+            "id_digests": {name: id_digest(split) for name, split in splits.items()},
             "validation_share": options.validation_share,
             "seed": options.seed,
             "max_length": options.max_length,

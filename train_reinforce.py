@@ -80,11 +80,13 @@ ACCELERATE_TRACKERS = ("none", "clearml", "comet_ml", "dvclive", "mlflow", "swan
 CHECKPOINTS_KEPT = 2
 EVALUATION_BATCH_SIZE = 32  # prompts answered at once
 
-# Settings that do not change the updates: a checkpoint may be continued under others. More steps make a run longer.
-IGNORED_ON_RESUME = {
-    *("config", "fresh", "data", "output_dir", "report_to", "save_steps", "max_kl", "steps"),
-    *("second_judge", "evaluation_prompts", "evaluation_batch_size"),
+# Settings that do not change the result; pairs and weights are compared, wherever they lie.
+IGNORED = {
+    *("config", "fresh", "data", "output_dir", "report_to", "save_steps", "max_kl", "model", "base_model", "source"),
+    *("reward_model", "second_judge"),
 }
+# Settings that do not change the updates: a checkpoint may be continued under others. More steps make a run longer.
+IGNORED_ON_RESUME = IGNORED | {"steps", "second_judge_identity", "evaluation_prompts", "evaluation_batch_size"}
 
 
 def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
@@ -118,10 +120,6 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
 
     if missing := missing_tracker([options.report_to]):
         parser.error(f"--report_to: {missing} is not installed; pip install {missing}")
-    # Judged by the model that it was trained to please, the policy has its result confirmed whatever it learned.
-    judges = {Path(each).expanduser().resolve() for each in (options.reward_model, options.second_judge or "")}
-    if options.second_judge and len(judges) < 2:
-        parser.error("--second_judge: must be another model than --reward_model")
     return options
 
 
@@ -168,17 +166,32 @@ def main() -> None:
     sampling = rollouts.sampling_config(options.max_new_tokens, options.temperature, end_ids, tokenizer.pad_token_id)
 
     settings = vars(options) | {"evaluation_batch_size": EVALUATION_BATCH_SIZE, "processes": processes}
-    settings |= {"base_model": sft.origin, "reward_identity": policy_metrics.judge_identity(judge)}
+    settings |= {"base_model": sft.origin}
+    settings |= together(
+        lambda: {
+            "base_weights": models.weights_digest(sft.path),
+            "reward_identity": policy_metrics.judge_identity(judge),
+            "second_judge_identity": second_judge and policy_metrics.judge_identity(second_judge),
+        },
+        first_alone=True,
+    )
     settings |= {"source": metadata["source"], "data_identity": processed.data_identity(metadata)}
+    # Judged by the model that it was trained to please, the policy has its result confirmed whatever it learned.
+    if settings["second_judge_identity"] == settings["reward_identity"]:
+        raise InputError(f"--second_judge: {options.second_judge} has the weights of --reward_model; name another one")
 
     with runs.held_output(output):
+        if runs.is_finished(output, settings, IGNORED, options.fresh, IGNORED_ON_RESUME):
+            accelerator.print(f"{output}/ holds the result of this run; --fresh trains anew.")
+            return
+
         # --- an earlier run with these settings goes on, if there is one
         checkpoint = runs.checkpoint_to_resume(checkpoints, settings, IGNORED_ON_RESUME, options.fresh)
         done, baseline_state = runs.load_policy_checkpoint(checkpoint, policy, optimizer)
         if done > options.steps:
             longer = f"has more updates than --steps {options.steps}; give more, or start over with --fresh"
             raise InputError(f"{checkpoint}: {longer}")
-        log = together(lambda: runs.resume_log(checkpoints, done, options.steps), first_alone=True)
+        log = together(lambda: runs.resume_log(checkpoints, done), first_alone=True)
         accelerator.print(plan(options, sft.origin, metadata["source"], len(prompts), checkpoint))
         if accelerator.log_with:
             accelerator.init_trackers("reinforce", config=vars(options))
@@ -292,7 +305,6 @@ def main() -> None:
                     tokenizer.save_pretrained(staging)
                 policy_metrics.write_policy_results(staging, before, after, judged, results, samples, settings, log)
                 runs.publish(staging, output)
-                (checkpoints / "finished").touch()
                 print(report(results, output))
         for each in accelerator.trackers:
             each.finish()

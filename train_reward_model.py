@@ -120,7 +120,18 @@ UNSUPPORTED = {
 
 # Settings that do not change the result: a checkpoint may be continued under others.
 IGNORED_ON_RESUME = {
-    *("config", "fresh", "data", "output_dir", "resume_from_checkpoint", "disable_tqdm", "report_to", "run_name"),
+    *(
+        "config",
+        "fresh",
+        "data",
+        "model",
+        "base_model",  # the weights of the model and the pairs are compared
+        "output_dir",
+        "resume_from_checkpoint",
+        "disable_tqdm",
+        "report_to",
+        "run_name",
+    ),
     *("project", "log_level", "log_level_replica", "log_on_each_node", "logging_dir", "logging_first_step"),
     *("logging_steps", "logging_strategy", "include_num_input_tokens_seen", "save_total_limit", "push_to_hub"),
     *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
@@ -193,7 +204,7 @@ def main() -> None:
     from reward_pipeline import devices, models, pair_metrics, pairs, prefix_sharing, processed, reward_training, runs
     from reward_pipeline.evaluator import RewardModelEvaluator
     from reward_pipeline.files import InputError
-    from reward_pipeline.processes import stop_requests
+    from reward_pipeline.processes import is_first_process, stop_requests, together
 
     # --- settings: bf16 or fp16 where the hardware computes in it; weights stay in fp32
     device = torch.device("cpu") if vars(options).get("use_cpu") else devices.pick_device()
@@ -272,9 +283,16 @@ def main() -> None:
     adapter = {name: getattr(lora, name) for name in ("use_peft", *sorted(lora_fields()))}
     settings = vars(options) | adapter | config.to_dict()
     settings |= {"base_model": base.origin, "world_size": config.world_size}
+    settings |= {"base_weights": together(lambda: models.weights_digest(base.path), first_alone=True)}
     settings |= {"data_identity": processed.data_identity(metadata)}
 
     with runs.held_output(output):
+        if config.resume_from_checkpoint is None and runs.is_finished(
+            output, settings, IGNORED_ON_RESUME, options.fresh
+        ):
+            if is_first_process():
+                print(f"{output}/ holds the result of this run; --fresh trains anew.")
+            return
         with reward_training.refused_settings(ValueError, ImportError):
             trainer = reward_training.PairTrainer(
                 model=model,
@@ -326,7 +344,6 @@ def main() -> None:
                 log = trainer.state.log_history
                 reward_training.write_reward_model(staging, columns, metrics, settings, metadata, log)
                 runs.publish(staging, output)
-                (checkpoints / "finished").touch()
                 print(report(metrics, output))
 
 

@@ -97,7 +97,7 @@ def _our_rows(row: Row) -> Iterable[Row]:
     answers = "prompt" in values and {"response", "responses"} & values.keys() and "chosen" not in values
     if answers or recognised(values) is None:  # what is missing in other rows is said for this script's columns
         return [row._replace(values=values)]
-    return in_our_columns([row])
+    return (each._replace(values={**row.values, **each.values}) for each in in_our_columns([row]))
 
 
 def check_row(place: str, row: Values) -> None:

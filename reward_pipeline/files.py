@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import hashlib
 import json
 import os
@@ -138,7 +139,13 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file."""
+    """SHA-256 of a file; of one that is as it was is remembered, since a model has half a gigabyte."""
+    state = path.stat()
+    return _file_hash(path.resolve(), state.st_size, state.st_mtime_ns, state.st_ino)
+
+
+@functools.lru_cache
+def _file_hash(path: Path, *state: int) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

@@ -44,20 +44,21 @@ class Layout(NamedTuple):
 def recognised(row: Values) -> Layout | None:
     """The first layout whose columns the row has."""
     try:
-        return _layout(cells(row))
-    except BadRow:
+        return _with_layout(row)[1]
+    except (BadRow, RecursionError):
         return None
 
 
-def _layout(row: Values) -> Layout | None:
-    return next(
-        (
-            layout
-            for layout in LAYOUTS
-            if all(any(name in row for name in names.split("|")) for names in layout.columns) and layout.fits(row)
-        ),
-        None,
-    )
+def _with_layout(row: Values) -> tuple[Values, Layout | None]:
+    """The row as `cells` has it, and its layout. Where sources are joined, each has the others' columns, all null."""
+    everything = cells(row)
+    filled = {name: value for name, value in everything.items() if value is not None}
+    for values in (filled, everything):
+        for layout in LAYOUTS:
+            named = all(any(name in values for name in names.split("|")) for names in layout.columns)
+            if named and layout.fits(values):
+                return values, layout
+    return everything, None
 
 
 def in_our_columns(rows: Iterable[Row]) -> Iterator[Row]:
@@ -68,8 +69,7 @@ def in_our_columns(rows: Iterable[Row]) -> Iterator[Row]:
             yield row
             continue
         try:
-            values = cells(row.values)
-            layout = _layout(values)
+            values, layout = _with_layout(row.values)
             if layout is None:
                 missing = next((name for name in ("chosen", "rejected") if name not in values), "prompt")
                 there = shown_columns(row.values)
@@ -138,7 +138,10 @@ def cells(row: Values) -> Values:
     Its names are as we write them too: a table made by hand may say `Prompt` or `Chosen rating`.
     """
     cells = {name: listed_messages(value) for name, value in row.items()}
-    cells = {**{name.strip().lower().replace(" ", "_"): value for name, value in cells.items()}, **cells}
+    for name, value in list(cells.items()):
+        ours = name.strip().lower().replace(" ", "_")
+        if cells.get(ours) is None:
+            cells[ours] = value
     for name in LISTS:  # of other things than messages
         if isinstance(text := cells.get(name), str) and text.lstrip().startswith("["):
             with contextlib.suppress(ValueError):  # a text then

@@ -1,7 +1,9 @@
 """Where a model comes from, its tokenizer, and the reward model with its head."""
 
 import contextlib
+import hashlib
 import importlib.metadata
+import json
 import os
 import re
 import sys
@@ -33,7 +35,15 @@ from transformers import (
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from reward_pipeline.conversations import plain_template
-from reward_pipeline.files import CHECKSUMS, InputError, check_files, first_line, replace_directory, write_checksums
+from reward_pipeline.files import (
+    CHECKSUMS,
+    InputError,
+    check_files,
+    file_hash,
+    first_line,
+    replace_directory,
+    write_checksums,
+)
 from reward_pipeline.hub import hub_reachable
 from reward_pipeline.processes import is_first_process
 
@@ -46,6 +56,8 @@ PAD_TOKEN = "<|endoftext|>"
 ADAPTER = "adapter_config.json"  # in a directory where PEFT saved an adapter
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name
+# Of those, what a directory may have or not and is the same model.
+NO_MODEL = {CHECKSUMS, "settings.json", "metrics.json", "training_log.json", "demonstration.json", "evaluation.json"}
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # no pickled weights, no code
 
 
@@ -82,6 +94,16 @@ def resolve_model(name: str = MODEL_NAME) -> ModelSource:
         # Q4_1 rounds: who compares figures with somebody else's has to know it.
         print(f"The hub can not be reached: using {MODEL_NAME} from the package {PACKAGE} {version}.")
     return ModelSource(str(converted_weights(version)), f"package {PACKAGE} {version} (Q4_1, dequantised)")
+
+
+def weights_digest(path: str) -> str:
+    """What a model in a directory is: a hash of its weights, configuration and tokenizer, wherever it lies.
+
+    A name or a revision says less: other weights may come under the same one, and the same ones under another.
+    """
+    files = sorted(file for pattern in HUB_FILES for file in Path(path).glob(pattern) if file.name not in NO_MODEL)
+    hashes = json.dumps([[file.name, file_hash(file)] for file in files])
+    return hashlib.sha256(hashes.encode()).hexdigest()[:16]
 
 
 def packaged_version() -> str:

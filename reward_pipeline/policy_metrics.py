@@ -13,6 +13,7 @@ from reward_pipeline.cards import policy_card, samples_table
 from reward_pipeline.conversations import PROMPT_SHARE, encode, encode_prompt
 from reward_pipeline.evaluator import RewardModelEvaluator, check_templates, trained_scale
 from reward_pipeline.files import InputError, json_lines, rounded, write_checksums, write_text
+from reward_pipeline.models import weights_digest
 from reward_pipeline.plots import plot_before_and_after, plot_steps
 from reward_pipeline.processes import is_first_process
 from reward_pipeline.rollouts import Answers, PolicyPrompt
@@ -85,10 +86,9 @@ def measured_scale(judge: RewardModelEvaluator, validation: Dataset) -> tuple[fl
     return float(scores.mean()), float(scores.std())
 
 
-def judge_identity(judge: RewardModelEvaluator) -> dict[str, float]:
-    """What tells a judge from another one that was trained into the same directory."""
-    member = judge.members[0]
-    return {"reward_mean": member.mean, "reward_std": member.std, "reward_max_length": member.max_length}
+def judge_identity(judge: RewardModelEvaluator) -> dict[str, Any]:
+    """What tells a judge from another one, wherever it lies."""
+    return {"weights": weights_digest(judge.model.name_or_path), "max_length": judge.max_length}
 
 
 def distinct(texts: Sequence[str], n: int = 3) -> float:

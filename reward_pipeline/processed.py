@@ -63,7 +63,7 @@ PAIR_FEATURES = Features(  # what `check_pair` returns, and where the pair stand
     }
 )
 KEY_FEATURES = Features({"prompt_key": Value("int64"), "pair_key": Value("int64"), "swapped": Value("bool")})
-IDENTITY = ("digest", "split_digests", "validation_share", "seed", "max_length", "tokenizer")  # keys of the metadata
+IDENTITY = ("digest", "split_digests", "id_digests", "validation_share", "seed", "max_length")  # keys of the metadata
 STREAM_FEATURES = Features(
     {"chosen_ids": List(Value("int64")), "rejected_ids": List(Value("int64")), "place": Value("string")}
 )
@@ -340,6 +340,7 @@ def stream_processed(
         # Nobody has seen all pairs: the source's revision, or its files' sizes and times, stand for the others.
         "digest": f"{seen} of the validation pairs, {origin}{versions(source)}",
         "split_digests": {"validation": seen},
+        "id_digests": {"validation": id_digest(splits["validation"])},
         "validation_share": validation_share,
         "seed": seed,
         "max_length": max_length,
@@ -426,6 +427,17 @@ def digest(pair_key: np.ndarray, swapped: np.ndarray) -> str:
     return hashlib.blake2b(np.sort(pair_key * 2 + swapped).tobytes(), digest_size=8).hexdigest()
 
 
+def id_digest(pairs: Dataset) -> str:
+    """Fingerprint of the token ids of all pairs: whatever template, tokenizer or rule for the length made them."""
+    found = hashlib.blake2b(digest_size=8)
+    for table in pairs.select_columns(["chosen_ids", "rejected_ids"]).with_format("arrow").iter(ROWS):
+        for column in table.columns:
+            ids = column.combine_chunks()
+            found.update(pyarrow.compute.list_value_length(ids).to_numpy().tobytes())
+            found.update(ids.flatten().to_numpy().tobytes())
+    return found.hexdigest()
+
+
 def load_processed(directory: str) -> tuple[DatasetDict, dict[str, Any]]:
     """Splits and metadata of a directory that `load_helpsteer_dataset.py` wrote.
 
@@ -500,7 +512,7 @@ def check_tokens(split: Dataset, tokenizer: PreTrainedTokenizerBase, max_length:
 
 
 def data_identity(metadata: dict[str, Any]) -> dict[str, Any]:
-    """What tells processed data from other data: the pairs, on which side each is, and how they were cut."""
+    """What tells processed data from other data: the pairs, on which side each is, and their token ids."""
     return {name: metadata[name] for name in IDENTITY}
 
 

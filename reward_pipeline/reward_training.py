@@ -113,7 +113,17 @@ class PairTrainer(RewardTrainer):
         pairs = torch.stack([chosen - inputs.get("margin", 0.0), rejected], dim=1)
         return loss.detach(), pairs, torch.zeros_like(pairs[:, 0])  # without labels no metrics would be computed
 
+    def _run_epoch(self, *rest: Any, **options: Any) -> None:
+        # `transformers` looks whether a run is at its end only after an update: one that goes on there would get one
+        # more, and be another model.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return
+        super()._run_epoch(*rest, **options)
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        if "train_loss" in logs and self.state.global_step == self._initial_global_step:
+            return  # the figures of a training without an update
         # TRL would overwrite the accuracy of an evaluation with its own: a mean over batches, however uneven they are,
         # in which a tie counts as wrong.
         self._metrics["eval"].pop("accuracy", None)
@@ -357,7 +367,7 @@ def fit_rhythm(config: RewardConfig, pairs: int, usual_warmup: float) -> int:
     config.save_steps = steps(config.save_steps, updates)
     if config.load_best_model_at_end:  # then every checkpoint needs its accuracy
         config.save_steps = config.eval_steps * max(config.save_steps // config.eval_steps, 1)
-    if updates < MIN_WARMUP_UPDATES and config.warmup_steps == usual_warmup:
+    if updates < MIN_WARMUP_UPDATES and config.warmup_steps == usual_warmup < 1:  # a share, which was nobody's wish
         config.warmup_steps = 0  # the first update of a warm-up has learning rate 0
     return updates
 
@@ -424,9 +434,9 @@ def run_figures(trainer: PairTrainer, watch: Watch) -> dict[str, Any]:
     candidates = sum(map(trainer.competes, evaluated))
     best = state.best_model_checkpoint if config.load_best_model_at_end else None
     size = pairs_per_update(config)
-    streamed = isinstance(trainer.train_dataset, IterableDataset)
+    seen, streamed = state.global_step * size, isinstance(trainer.train_dataset, IterableDataset)
     return {
-        "train_pairs": state.global_step * size if streamed else len(trainer.train_dataset),
+        "train_pairs": seen if streamed else min(seen, len(trainer.train_dataset)),
         "train_pairs_per_second": watch.updates * size / watch.seconds if watch.seconds else None,
         "train_seconds": watch.seconds,
         "updates": state.global_step,

@@ -27,6 +27,7 @@ from reward_pipeline.processes import together
 
 CHECKPOINT_REMEDY = "delete this checkpoint, the one before it is used then, or start over by --fresh"
 LOCK = ".lock"  # in the output directory while a run writes there
+REPLACED = "checkpoints.old"  # what --fresh replaces, until the new run is finished
 OUTPUT_FILES = {"metrics.json", "rewards.csv", "mistakes.md", "report.txt", "plots"}  # of an evaluation
 
 
@@ -39,25 +40,65 @@ def changes(before: dict[str, Any], settings: dict[str, Any], ignored: set[str])
     )
 
 
+def is_finished(
+    output: Path, settings: dict[str, Any], ignored: set[str], fresh: bool, ignored_on_resume: set[str] | None = None
+) -> bool:
+    """Whether the result in a directory is that of a run with these settings; the same in all processes.
+
+    Not so where the checkpoints there are of a run with these settings that has not come to its result yet.
+
+    Args:
+        ignored: names of settings that do not change the result.
+        ignored_on_resume: names of settings that do not change the updates, where these are more.
+
+    Raises:
+        InputError: it is the result of a run with other settings, which would be replaced; or it is damaged.
+    """
+
+    def look() -> bool:
+        if fresh or not (output / "config.json").is_file() or not (result := read_settings(output)):
+            return False
+        changed = changes(result, settings, ignored)
+        if not changed:
+            check_files(output, "--fresh makes it again")
+            return True
+        checkpoints = output / "checkpoints"
+        running = read_settings(checkpoints) if last_checkpoint(checkpoints) else None
+        if running and not changes(running, settings, ignored_on_resume or ignored):
+            return False
+        raise InputError(
+            f"{output}: holds a finished run with other settings ({changed}); "
+            "--fresh replaces it when the new run is finished, another --output_dir keeps both"
+        )
+
+    return together(look, first_alone=True)
+
+
 def prepare_checkpoints(checkpoints: Path, settings: dict[str, Any], ignored: set[str], fresh: bool) -> None:
     """Keep the checkpoints of a run with these settings; otherwise begin with an empty directory.
+
+    What `fresh` replaces is kept beside them until `publish`, and put back where the new run has saved nothing.
 
     Args:
         ignored: names of settings that may differ.
 
     Raises:
-        InputError: the checkpoints there belong to an unfinished run with other settings.
+        InputError: the checkpoints there belong to a run with other settings.
     """
-    before = None if fresh else read_settings(checkpoints)
-    if before and last_checkpoint(checkpoints):
+    replaced = checkpoints.with_name(REPLACED)
+    if fresh and last_checkpoint(checkpoints) and not replaced.exists():
+        checkpoints.rename(replaced)
+    elif not fresh and replaced.exists() and not last_checkpoint(checkpoints):
+        shutil.rmtree(checkpoints, ignore_errors=True)
+        replaced.rename(checkpoints)
+    if not fresh and last_checkpoint(checkpoints) and (before := read_settings(checkpoints)):
         changed = changes(before, settings, ignored)
         if not changed:
             return
-        if not (checkpoints / "finished").exists():
-            raise InputError(
-                f"{checkpoints}: holds an unfinished run with other settings ({changed}); "
-                "--fresh starts over, another --output_dir keeps both"
-            )
+        raise InputError(
+            f"{checkpoints}: holds an unfinished run with other settings ({changed}); "
+            "--fresh starts over, another --output_dir keeps both"
+        )
     with replace_directory(checkpoints, marker="settings.json") as directory:
         write_text(directory / "settings.json", settings_text(settings))
 
@@ -106,10 +147,10 @@ def last_checkpoint(checkpoints: Path) -> str | None:
 def is_complete(checkpoint: Path) -> bool:
     """Whether a checkpoint was written to its end; the trainer writes its state last."""
     try:
-        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        state = json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
-    return True
+    return isinstance(state, dict) and bool({"global_step", "step"} & state.keys())
 
 
 def adopt_checkpoint(
@@ -129,7 +170,7 @@ def adopt_checkpoint(
         raise InputError(f"{checkpoint}: not a complete checkpoint; name a checkpoint-N directory")
     check_files(checkpoint, CHECKPOINT_REMEDY)
     before = read_settings(checkpoint.parent) or json.loads(settings_text(settings))
-    for name in ("base_model", "data_identity", *fixed):
+    for name in ("base_weights", "data_identity", *fixed):
         if before.get(name) != settings[name]:
             raise InputError(f"{checkpoint}: its {name} is {before.get(name)}, that of this run {settings[name]}")
     if checkpoint.parent.resolve() != checkpoints.resolve():
@@ -142,22 +183,24 @@ def adopt_checkpoint(
                 f"{checkpoint}: {last} goes on from it with other settings ({changed}); give another --output_dir"
             )
         write_text(checkpoints / "settings.json", settings_text(settings))
-    (checkpoints / "finished").unlink(missing_ok=True)
 
 
-def read_settings(checkpoints: Path) -> dict[str, Any] | None:
-    """Settings of the run that wrote these checkpoints, if any.
+def read_settings(directory: Path) -> dict[str, Any] | None:
+    """Settings of the run that wrote these checkpoints or this result, if any.
 
     Raises:
         InputError: they can not be read.
     """
-    path = checkpoints / "settings.json"
+    path = directory / "settings.json"
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: damaged ({first_line(error)}); --fresh starts over") from error
+    if not found or not isinstance(found, dict):
+        raise InputError(f"{path}: damaged (holds no settings); --fresh starts over")
+    return found
 
 
 def claim_output(output: Path, needed: Sequence[str], rewards: bool) -> None:
@@ -174,7 +217,10 @@ def claim_output(output: Path, needed: Sequence[str], rewards: bool) -> None:
         directory = Path(model).expanduser()  # a hub id is none
         if output.exists() and directory.exists() and output.samefile(directory):
             raise InputError(f"{output}: this run reads the model there; choose another --output_dir")
-    ours = output.is_dir() and ((output / "checkpoints").is_dir() or {each.name for each in output.iterdir()} <= {LOCK})
+    marks = ("checkpoints", REPLACED, "settings.json")  # the checkpoints may have been deleted
+    ours = output.is_dir() and (
+        any((output / name).exists() for name in marks) or {each.name for each in output.iterdir()} <= {LOCK}
+    )
     if output.exists() and not ours:
         raise InputError(f"{output}: holds other files, which a model would overwrite; choose another --output_dir")
     try:
@@ -228,6 +274,7 @@ def publish(staging: Path, output: Path) -> None:
         if item.is_dir():
             shutil.rmtree(output / item.name, ignore_errors=True)
         item.replace(output / item.name)
+    shutil.rmtree(output / REPLACED, ignore_errors=True)
 
 
 def evaluation_directory(output: str | Path | None) -> contextlib.AbstractContextManager[Path | None]:
@@ -293,12 +340,11 @@ def load_policy_checkpoint(checkpoint: str | None, policy: Any, optimizer: Any) 
         raise InputError(f"{path}/optimizer.pt: damaged ({first_line(error)}); {CHECKPOINT_REMEDY}") from error
 
 
-def resume_log(checkpoints: Path, step: int, steps: int) -> list[dict[str, Any]]:
+def resume_log(checkpoints: Path, step: int) -> list[dict[str, Any]]:
     """The log of the updates up to the last checkpoint; what a killed run left of later ones is removed.
 
     Args:
         step: the last update that the checkpoint has.
-        steps: updates of the whole run; with fewer it may have been finished before, and is not any more.
 
     Raises:
         InputError: the log of these updates is not whole.
@@ -316,6 +362,4 @@ def resume_log(checkpoints: Path, step: int, steps: int) -> list[dict[str, Any]]
     write_text(path, json_lines(log))
     for leftover in checkpoints.glob(".checkpoint-*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    if step < steps:
-        (checkpoints / "finished").unlink(missing_ok=True)
     return log

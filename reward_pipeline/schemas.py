@@ -55,38 +55,40 @@ def join_raw_rows(rows: Iterable[Row]) -> Iterator[Row]:
             continue
         if answers is None:
             answers = sqlite3.connect("", check_same_thread=False)  # without a name: on the disk, gone when closed
-            answers.execute("CREATE TABLE answers (prompt BLOB, place TEXT, answer TEXT)")
+            answers.execute("CREATE TABLE answers (prompt BLOB, answer TEXT)")
             answers.execute("CREATE INDEX prompts ON answers (prompt)")
         try:
-            key, answer = _raw_answer(row.values)
+            prompt, answer = _raw_answer(row)
         except BadRow as error:
             yield row._replace(problem=str(error))
             continue
         except RecursionError:  # lists in lists in lists
             yield row._replace(problem="nested too deeply")
             continue
-        earlier = answers.execute("SELECT place, answer FROM answers WHERE prompt = ? ORDER BY rowid", (key,))
-        for place, other in earlier.fetchall():
-            pair = sorted((json.loads(other), json.loads(answer)), key=lambda each: -each["score"])
-            yield Row(place, _raw_pair(row.values, *pair))
-        answers.execute("INSERT INTO answers VALUES (?, ?, ?)", (key, row.location, answer))
+        earlier = answers.execute("SELECT answer FROM answers WHERE prompt = ? ORDER BY rowid", (prompt,))
+        for (other,) in earlier.fetchall():
+            pair = [json.loads(other), json.loads(answer)]
+            better, worse = sorted(pair, key=lambda each: -each["score"])
+            yield Row(pair[0]["place"], _raw_pair(row.values, better, worse))
+        answers.execute("INSERT INTO answers VALUES (?, ?)", (prompt, answer))
     if answers:
-        alone = "SELECT MIN(place) FROM answers GROUP BY prompt HAVING COUNT(*) = 1 ORDER BY MIN(rowid)"
-        yield from (Row(place, {}, "no second response to the prompt") for (place,) in answers.execute(alone))
+        alone = answers.execute("SELECT MIN(answer) FROM answers GROUP BY prompt HAVING COUNT(*) = 1 ORDER BY rowid")
+        yield from (Row(json.loads(answer)["place"], {}, "no second response to the prompt") for (answer,) in alone)
         answers.close()
 
 
-def _raw_answer(row: dict[str, Any]) -> tuple[bytes, str]:
+def _raw_answer(row: Row) -> tuple[bytes, str]:
     """Hash of the prompt, and what a pair needs of the answer to it, as JSON."""
-    prompt = row.get("prompt")
-    turns = stripped_turns(_with_system(_checked_prompt(prompt), row))
+    values = row.values
+    turns = stripped_turns(_with_system(_checked_prompt(values.get("prompt")), values))
     answer = {
-        "score": number(row.get("score")),
-        "response": row["response"],
-        "author": _label(row, ("author", "model")),
+        "place": row.location,
+        "score": number(values.get("score")),
+        "response": values["response"],
+        "author": _label(values, ("author", "model")),
+        "category": category_of(values),
     }
-    text = json.dumps({**answer, "category": category_of(row)}, default=str)
-    return hashlib.blake2b(json.dumps(turns).encode(), digest_size=16).digest(), text
+    return hashlib.blake2b(json.dumps(turns).encode(), digest_size=16).digest(), json.dumps(answer, default=str)
 
 
 def _raw_pair(row: dict[str, Any], better: dict[str, Any], worse: dict[str, Any]) -> dict[str, Any]:

@@ -99,6 +99,7 @@ class Transcript(NamedTuple):
 
     name: str
     opening: re.Pattern[str]  # of a turn; its group is the role
+    words: bool = False  # that people write too, and not tokens
     least: int = 1  # turns; fewer may be a matter of chance
 
 
@@ -109,10 +110,10 @@ TRANSCRIPTS = (
     Transcript("Gemma", re.compile(r"<start_of_turn>[ \t]*(\w+)[ \t]*(?:\n|\Z)")),
     Transcript("Zephyr, Phi", re.compile(r"<\|(system|user|assistant)\|>")),
     Transcript("Llama 2, Mistral", re.compile(r"(\[/?INST\])")),
-    Transcript("hh-rlhf", re.compile(rf"(?:\A\s*|\n\n)({SPEAKERS}):"), least=2),
-    Transcript("hh-rlhf", re.compile(rf"(?:\A\s*|\n[ \t]*)({SPEAKERS}):")),  # with line breaks alone
-    Transcript("Guanaco", re.compile(rf"(?:\A\s*|\n[ \t]*)#{{2,3}} ?({SPEAKERS}):")),
-    Transcript("Alpaca", re.compile(r"(?:\A\s*|\n[ \t]*)### ?(Instruction|Input|Response):")),
+    Transcript("hh-rlhf", re.compile(rf"(?:\A\s*|\n\n)({SPEAKERS}):"), words=True, least=2),
+    Transcript("hh-rlhf", re.compile(rf"(?:\A\s*|\n[ \t]*)({SPEAKERS}):"), words=True),  # with line breaks alone
+    Transcript("Guanaco", re.compile(rf"(?:\A\s*|\n[ \t]*)#{{2,3}} ?({SPEAKERS}):"), words=True),
+    Transcript("Alpaca", re.compile(r"(?:\A\s*|\n[ \t]*)### ?(Instruction|Input|Response):"), words=True),
 )
 SPEAKER_ROLES = {**ROLE_NAMES, "[inst]": "user", "[/inst]": "assistant", "instruction": "user", "response": "assistant"}
 # The start of a filled template: a token, or Alpaca's sentence.
@@ -127,13 +128,18 @@ SYSTEM = re.compile(r"\s*<<SYS>>(.*?)<</SYS>>(.*)", re.DOTALL)
 
 def without_end(text: str) -> str:
     """A text without the tokens that end a turn; one without any stays as it is."""
-    while end := next((end for end in ENDS if text.rstrip().endswith(end)), ""):
-        text = text.rstrip().removesuffix(end).rstrip()
-    return text
+    stop, ended = len(text), False
+    while True:
+        while stop and text[stop - 1].isspace():
+            stop -= 1
+        end = next((end for end in ENDS if text.endswith(end, 0, stop)), None)
+        if end is None:
+            return text[:stop] if ended else text
+        stop, ended = stop - len(end), True
 
 
-def transcript(text: str) -> Messages | None:
-    """The turns of a text that is a transcript as a whole, the last one perhaps an empty one of the assistant.
+def transcript(text: str) -> tuple[Transcript, Messages] | None:
+    """How a text is a transcript as a whole, and its turns, the last one perhaps an empty one of the assistant.
 
     None for any other text: one that opens with no turn, has an empty one, or two of one role after each other.
     """
@@ -162,22 +168,29 @@ def transcript(text: str) -> Messages | None:
             and all(turn["content"] for turn in turns[:-1])
             and (turns[-1]["content"] or roles[-1] == "assistant")
         ):
-            return turns
+            return form, turns
     return None
 
 
-def asked_turns(text: str) -> Messages | None:
-    """The turns of a prompt that is a transcript; an empty last one of the assistant only asks for the answer."""
-    turns = transcript(text)
+def asked_turns(text: str, alone: bool = True) -> Messages | None:
+    """The turns of a prompt that is a transcript; an empty last one of the assistant only asks for the answer.
+
+    Args:
+        alone: nothing but the prompt tells. Then words count only where they ask for the answer: people show their
+            models dialogues, and `User: …` may be one.
+    """
+    form, turns = transcript(text) or (None, [])
     if turns and not turns[-1]["content"]:
         turns = turns[:-1]
-    begins = next((turn["role"] for turn in turns or [] if turn["role"] != "system"), None)
-    return turns if turns and begins == "user" and turns[-1]["role"] in ASKING else None
+    elif form and form.words and alone:
+        return None
+    begins = next((turn["role"] for turn in turns if turn["role"] != "system"), None)
+    return turns if begins == "user" and turns[-1]["role"] in ASKING else None
 
 
 def answered_turns(text: str) -> Messages | None:
     """The turns of a transcript that ends with an answer."""
-    turns = transcript(text)
+    _, turns = transcript(text) or (None, [])
     return turns if turns and turns[-1]["role"] == "assistant" and turns[-1]["content"] else None
 
 
@@ -188,19 +201,22 @@ def read_transcripts(row: dict[str, Any]) -> dict[str, Any]:
     """
     prompt = row.get("prompt")
     answers: list[Any] = [row.get("chosen"), row.get("rejected")]
-    turns = asked_turns(prompt) if isinstance(prompt, str) else None
-    read = row if turns is None else {**row, "prompt": turns}
     if not all(isinstance(answer, str) for answer in answers):
-        return read
-    dialogues = [answered_turns(answer) for answer in answers]
-    if all(dialogues) and prompt and all(_answers(read["prompt"], dialogue) for dialogue in dialogues):
-        return {**read, "chosen": dialogues[0], "rejected": dialogues[1]}
+        lists = [answer for answer in answers if isinstance(answer, list) and len(answer) > 1]
+        literal = any(_answers(prompt, answer) for answer in lists)  # they repeat it as one text
+        turns = asked_turns(prompt) if isinstance(prompt, str) and not literal else None
+        return {**row, "prompt": turns} if turns else row
+    if prompt and all(dialogues := [answered_turns(answer) for answer in answers]):
+        for asked in (asked_turns(prompt, alone=False) if isinstance(prompt, str) else None, prompt):
+            if asked and all(_answers(asked, dialogue) for dialogue in dialogues):
+                return {**row, "prompt": asked, "chosen": dialogues[0], "rejected": dialogues[1]}
+    turns = asked_turns(prompt) if isinstance(prompt, str) else None
     if isinstance(prompt, str) and _repeated(prompt, answers):
         answers = [answer[len(prompt) :] for answer in answers]
     ended = [without_end(answer) for answer in answers]
     if turns or all(bare != answer for bare, answer in zip(ended, answers, strict=True)):
         answers = ended
-    return {**read, "chosen": answers[0], "rejected": answers[1]}
+    return {**row, "prompt": turns or prompt, "chosen": answers[0], "rejected": answers[1]}
 
 
 def _answers(prompt: Any, dialogue: Any) -> bool:

@@ -92,6 +92,14 @@ def test_a_model_that_knows_its_form_model_is_compared_with_it(
     assert f"{figures['with_form']['accuracy']:.3f} (" in capsys.readouterr().out.split("with the form term", 1)[1]
 
 
+def test_columns_named_by_the_user_are_read(monkeypatch, tiny_reward_model, processed, write_jsonl, tmp_path):
+    rows = [{"asked": pair["prompt"], "best": pair["chosen"], "worst": pair["rejected"]} for pair in make_pairs(3)]
+    arguments = ("--model", tiny_reward_model, "--columns", "prompt=asked", "chosen=best", "rejected=worst", "--pairs")
+    assert evaluate(monkeypatch, tmp_path / "out", *arguments, write_jsonl(rows))["total"]["n"] == 3
+    with pytest.raises(SystemExit, match="holds prepared data, whose columns are known; leave --columns out"):
+        evaluate(monkeypatch, tmp_path / "other", *arguments, processed)
+
+
 def test_several_models_are_an_ensemble(
     monkeypatch, tiny_reward_model, other_reward_model, write_jsonl, tmp_path, capsys
 ):

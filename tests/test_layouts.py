@@ -187,7 +187,7 @@ def test_every_layout_is_tried_and_listed():
         ("Distilabel", {"ratings": [3, 3]}, "tied ratings"),
         ("Distilabel", {"ratings": [3]}, "has the columns of Distilabel, but not its values"),
         ("Distilabel", {"ratings": [3, "?"]}, "rating is not a number"),
-        ("LLaMA-Factory alpaca", {"instruction": None}, "column instruction is empty"),
+        ("LLaMA-Factory alpaca", {"instruction": math.nan}, "column instruction is empty"),
     ],
 )
 def test_ties_and_missing_labels_have_their_reasons(name, change, reason):
@@ -287,6 +287,14 @@ def test_a_name_that_no_row_has_is_an_error():
     with pytest.raises(InputError, match=r"in row 1000 and"):  # a source without an end
         list(read)
     assert list(renamed([Row("row 1", {}, "not valid JSON")], ["prompt=b"])) == [Row("row 1", {}, "not valid JSON")]
+
+
+def test_columns_that_are_null_are_those_of_other_sources():
+    others = dict.fromkeys(column for _, row, _ in PUBLISHED for column in row)
+    for name, row, greeted in PUBLISHED:
+        assert recognised({**others, **row}).name == name
+        (pair,) = outcomes({**others, **row})
+        assert pair["prompt"] == [*(GREETING if greeted else []), USER]
 
 
 def test_lists_written_as_text_are_lists():

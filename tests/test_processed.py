@@ -16,7 +16,8 @@ from reward_pipeline.pairs import is_validation_prompt, pair_keys
 from reward_pipeline.schemas import check_pair
 
 METADATA = {
-    "source": "a test", "digest": "1", "split_digests": {"train": "2", "validation": "3"}, "validation_share": 0.5,
+    "source": "a test", "digest": "1", "split_digests": {"train": "2", "validation": "3"}, "id_digests": {},
+    "validation_share": 0.5,
     "seed": 42, "max_length": 64, "tokenizer": "tiny",
 }  # fmt: skip
 

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType, LoggerType
 from conftest import (
     ROOT,
@@ -88,6 +89,7 @@ def toy(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module", autouse=True)
 def exact():
     """Everything in fp32, so that batches of other sizes give the same, and by one thread, as children are forked."""
+    AcceleratorState._reset_state()  # of trainings in other files, in another number format
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as monkeypatch:
@@ -210,10 +212,10 @@ def test_every_constant_is_a_saved_setting(finished):
     settings = json.loads((finished / "settings.json").read_text())
     names = names_of("train_reinforce")
     constants = {name.lower() for name in names if name.isupper()}
-    aside = {"baselines", "accelerate_trackers", "checkpoints_kept", "ignored_on_resume", "on_mps", "min_max_length"}
-    assert constants - aside - {"type_checking"} <= settings.keys()
+    aside = {"baselines", "accelerate_trackers", "checkpoints_kept", "ignored", "ignored_on_resume"}
+    assert constants - aside - {"on_mps", "min_max_length", "type_checking"} <= settings.keys()
     assert names["IGNORED_ON_RESUME"] <= settings.keys()
-    assert settings["ema_decay"] == 0.9 and settings["reward_identity"]["reward_std"] == 0.5
+    assert settings["ema_decay"] == 0.9 and settings["reward_identity"] != settings["second_judge_identity"]
 
 
 def test_micro_batches_add_up_to_one_batch(run, finished):
@@ -277,16 +279,27 @@ def test_a_stopped_run_ends_as_an_undisturbed_one(run, finished, toy, monkeypatc
     assert same_results(run(), finished)
 
 
-def test_a_finished_run_is_evaluated_again_by_the_same_command(run, copied, finished, monkeypatch, capsys):
+def test_a_finished_run_is_evaluated_again_only_where_the_evaluation_is_another(
+    run, refused, copied, finished, toy, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setattr(reinforce, "reinforce_loss", None)  # no update is left
-    run()
-    assert "7 unseen prompts" in capsys.readouterr().out
+    judge = shutil.copytree(toy / "judge", tmp_path / "moved")
+    run("--reward_model", judge)
+    assert "holds the result of this run" in capsys.readouterr().out
     assert same_results(copied, finished)
+    assert "has the weights of --reward_model" in refused("--second_judge", judge)
+    run("--evaluation_prompts", 5)
+    assert "5 unseen prompts" in capsys.readouterr().out
+    before, after = weights(finished), weights(copied)
+    assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
+    assert "finished run with other settings (evaluation_prompts 5 -> 7, kl_coefficient" in refused(
+        "--kl_coefficient", 1
+    )
 
 
 def test_more_steps_make_a_finished_run_longer(run, refused, finished, monkeypatch):
     output = run("--steps", 2)
-    assert len(timeless(output)) == 2 and (output / "checkpoints" / "finished").exists()
+    assert len(timeless(output)) == 2
 
     def killed(*rest, **options):
         raise KeyboardInterrupt
@@ -294,9 +307,9 @@ def test_more_steps_make_a_finished_run_longer(run, refused, finished, monkeypat
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         patch.setattr(rollouts, "answers_of", killed)
         run()
-    # Stopped in its evaluation, the longer run is unfinished again, and other settings do not continue it.
+    # Stopped in its evaluation, the longer run is not finished, and other settings continue neither.
     message = refused("--kl_coefficient", 0.5)
-    assert "holds an unfinished run with other settings (kl_coefficient 0.03 -> 0.5)" in message
+    assert "holds a finished run with other settings (kl_coefficient 0.03 -> 0.5, steps 2 -> 4)" in message
     assert "has more updates than --steps 3" in refused("--steps", 3)
     assert same_results(run(), finished)
     run("--kl_coefficient", 0.5, "--fresh", "--steps", 1)
@@ -461,7 +474,7 @@ def test_a_prompt_that_the_judge_can_not_read_is_named(refused, toy, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_named(refused, copied):
-    (copied / "checkpoints" / "finished").unlink()
+    (copied / "config.json").unlink()
     checkpoint = copied / "checkpoints" / "checkpoint-4"
     optimizer = checkpoint / "optimizer.pt"
     optimizer.write_bytes(optimizer.read_bytes()[:1000])
@@ -511,7 +524,6 @@ def test_a_second_run_into_one_directory_is_refused(refused, tmp_path):
         ("--seed", "99999999999999999999"),
         ("--steps", "2.5"),
         ("--max_prompt_length", "5"),
-        ("--second_judge", "./reward_model_output/"),
     ],
 )
 def test_a_bad_flag_is_one_line(arguments, capsys):

@@ -37,7 +37,7 @@ from transformers import (
 )
 from trl import RewardConfig
 
-from reward_pipeline import cards, devices, reward_training, runs
+from reward_pipeline import cards, devices, pair_metrics, reward_training, runs
 from reward_pipeline import pairs as pairs_room
 from reward_pipeline.conversations import encode, response_text
 from reward_pipeline.evaluator import RewardModelEvaluator
@@ -612,21 +612,58 @@ def test_other_settings_do_not_continue_a_checkpoint(train, stop_after):
     assert log[0]["step"] == 1
 
 
-def test_after_a_finished_run_other_settings_start_over(train):
-    first = weights(train(*SMALL))
-    output = train(*SMALL, "--adam_beta2", "0.5")
-    assert any(not torch.equal(first[name], tensor) for name, tensor in weights(output).items())
+def contents(directory):
+    return {str(path.relative_to(directory)): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
 
 
-def test_a_finished_run_is_only_evaluated_again(train, capsys):
-    first = train(*SMALL)
-    before, metrics = weights(first), json.loads((first / "metrics.json").read_text())
-    second = train(*SMALL)
-    assert "Resuming from" in capsys.readouterr().out
-    assert all(torch.equal(before[name], tensor) for name, tensor in weights(second).items())
-    again = json.loads((second / "metrics.json").read_text())
-    assert again["accuracy"] == metrics["accuracy"]
-    assert again["train_pairs_per_second"] == pytest.approx(metrics["train_pairs_per_second"])
+def test_a_finished_run_is_replaced_only_when_asked_and_by_a_finished_one(train, monkeypatch):
+    output = train(*SMALL)
+    before = contents(output)
+    with pytest.raises(SystemExit, match=r"holds a finished run with other settings \(adam_beta2 0.999 -> 0.5\)"):
+        train(*SMALL, "--adam_beta2", "0.5")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="refuses these settings"):
+        patch.setattr(
+            reward_training.PairTrainer, "create_scheduler", Mock(side_effect=InputError("refuses these settings"))
+        )
+        train(*SMALL, "--adam_beta2", "0.5", "--fresh")
+    train(*SMALL)  # which puts the checkpoints back where it needs them
+    result = {name: text for name, text in contents(output).items() if not name.startswith("checkpoints")}
+    assert result.items() <= before.items()
+    train(*SMALL, "--adam_beta2", "0.5", "--fresh")
+    assert contents(output)["model.safetensors"] != before["model.safetensors"]
+    assert not (output / runs.REPLACED).exists()
+
+
+def test_the_command_of_a_finished_run_does_nothing(train, capsys, processed, tiny_model, tmp_path):
+    output = train(*SMALL)
+    before = contents(output)
+    elsewhere = shutil.copytree(tiny_model, tmp_path / "elsewhere")
+    (elsewhere / "README.md").write_text("edited")
+    shutil.rmtree(output / "checkpoints")
+    train(*SMALL, "--model", elsewhere, "--data", shutil.copytree(processed, tmp_path / "moved"))
+    assert "holds the result of this run" in capsys.readouterr().out
+    assert contents(output) == {name: text for name, text in before.items() if not name.startswith("checkpoints")}
+    tensors = load_file(elsewhere / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, elsewhere / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SystemExit, match=r"finished run with other settings \(base_weights \w+ -> \w+\)"):
+        train(*SMALL, "--model", elsewhere)
+
+
+@pytest.mark.parametrize("length", [(), ("--max_steps", "3")])
+def test_a_run_that_was_killed_in_its_last_evaluation_makes_no_further_update(train, monkeypatch, length):
+    whole = train(*SMALL, *length, output="whole")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(pair_metrics, "score_together", Mock(side_effect=KeyboardInterrupt))
+        train(*SMALL, *length)
+    with monkeypatch.context() as patch:
+        patch.setattr(reward_training.PairTrainer, "training_step", None)
+        output = train(*SMALL, *length)
+    assert same_weights(whole, output)
+    figures = [json.loads((each / "metrics.json").read_text()) for each in (whole, output)]
+    assert figures[0]["updates"] == figures[1]["updates"] and figures[1]["train_pairs_per_second"] > 0
+    log = json.loads((output / "training_log.json").read_text())
+    assert not [entry for entry in log if entry.get("train_loss") == 0]
 
 
 def test_output_that_was_not_finished_is_not_read(train, monkeypatch):
@@ -693,7 +730,7 @@ def test_a_damaged_best_checkpoint_is_not_published(train, monkeypatch, tmp_path
 
     monkeypatch.setattr(reward_training.PairTrainer, "_load_best_model", load_damaged)
     with pytest.raises(SystemExit, match=r"checkpoint-2/model\.safetensors: damaged.*; --fresh starts over"):
-        train(*SMALL, "--eval_steps", "2", "--save_steps", "2", "--seed", "7")
+        train(*SMALL, "--eval_steps", "2", "--save_steps", "2", "--seed", "7", "--fresh")
     after = weights(tmp_path / "reward")
     assert all(torch.equal(before[name], tensor) for name, tensor in after.items())
 
@@ -702,7 +739,10 @@ def test_a_checkpoint_of_another_model_or_of_other_data_is_named(train, tiny_mod
     checkpoint = train(*SMALL) / "checkpoints" / "checkpoint-4"
     continued = ("--resume_from_checkpoint", str(checkpoint), "--max_steps", "6")
     other = shutil.copytree(tiny_model, tmp_path / "other_model")
-    with pytest.raises(SystemExit, match=r"checkpoint-4: its base_model is local directory .*tiny.*, that of this run"):
+    tensors = load_file(Path(other) / "model.safetensors")
+    tensors["model.norm.weight"] += 1
+    save_file(tensors, Path(other) / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SystemExit, match=r"checkpoint-4: its base_weights is \w+, that of this run \w+"):
         train(*SMALL, *continued, "--model", other, output="second")
     metadata = Path(processed) / "metadata.json"
     metadata.write_text(json.dumps(json.loads(metadata.read_text()) | {"digest": "another"}))
@@ -722,6 +762,7 @@ def test_a_checkpoint_of_another_model_or_of_other_data_is_named(train, tiny_mod
         train(*SMALL, "--resume_from_checkpoint", str(alone), "--max_steps", "6", output="third")
     assert not (tmp_path / "trap").exists()
     (checkpoint.parent / "settings.json").write_text("{")
+    (checkpoint.parents[1] / "config.json").unlink()
     with pytest.raises(SystemExit, match=r"settings\.json: damaged"):
         train(*SMALL)
 
@@ -761,8 +802,10 @@ def test_data_of_another_version_is_named(train, processed):
 
 def test_a_stream_trains_and_goes_on_without_prepared_data(train, stop_after, write_jsonl, tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
-    source = write_jsonl(make_pairs(30), "stream.jsonl")
+    rows = [{"question": pair.pop("prompt"), **pair} for pair in make_pairs(30)]
+    source = write_jsonl(rows, "stream.jsonl")
     flags = ("--streaming", source, "--max_length", "64", "--max_steps", "6", "--max_eval_samples", "3")
+    flags = (*flags, "--columns", "prompt=question")
     flags = (*flags, *SMALL, "--eval_steps", "2", "--save_steps", "2")
     whole = train(*flags, output="whole")
     metrics = json.loads((whole / "metrics.json").read_text())

@@ -161,8 +161,8 @@ def test_all_transcripts_are_tried_and_listed():
     "text, contents",
     [
         ("Human: a\nb\nAssistant: c\nHuman: d\nAssistant:", ["a\nb", "c", "d"]),
-        ("Human: a\nAssistant: b\n\nHuman: c", ["a", "b", "c"]),
-        ("User: a", ["a"]),
+        ("Human: a\nAssistant: b\n\nHuman: c\nAssistant:", ["a", "b", "c"]),
+        ("USER: a\nASSISTANT:", ["a"]),
         ("System: a\n\nHuman: b\n\nAssistant:", ["a", "b"]),
         (
             "Below is an instruction that describes a task. Write a response that appropriately completes the request."
@@ -183,6 +183,7 @@ def test_variants_of_transcripts(text, contents):
         *("", "Name a colour.", "What does Human: mean?", "What is <|im_start|>user\n?", "Assistant: a", "Human:"),
         "Human: a\n\nAssistant: b",  # what follows is no answer to it
         "Human: a\n\nHuman: b\n\nAssistant:",
+        "System: You say hello.\nUser: What do you think?",  # people write such prompts
         "Please correct this.\n\n### Instruction:\na\n\n### Response:",
         "<|im_start|>poet\na<|im_end|>\n<|im_start|>assistant\n",
         "<|im_start|>user\n<|im_end|>\n<|im_start|>assistant\n",
@@ -221,16 +222,33 @@ def test_answers_lose_the_prompt_where_both_repeat_it(chosen, rejected, expected
     assert [text.strip() for text in found] == expected if expected else found == [chosen, rejected]
 
 
+def test_lists_tell_whether_a_prompt_is_one_text():
+    for text in (WRITTEN["ChatML"], WRITTEN["hh-rlhf"]):
+        answers = {side: [{"role": "assistant", "content": side}] for side in ("chosen", "rejected")}
+        repeated = {side: [{"role": "user", "content": text.strip()}, *answer] for side, answer in answers.items()}
+        assert outcome({"prompt": text, **repeated})["prompt"] == [{"role": "user", "content": text.strip()}]
+        turns = asked_turns(text)
+        assert outcome({"prompt": text, **answers})["prompt"] == turns
+        read = {side: [*turns, *answer] for side, answer in answers.items()}
+        assert outcome({"prompt": text, **read})["prompt"] == turns
+
+
 def test_short_prompts_may_be_repeated_by_chance():
     for prompt in ("Hello", "Good morning to you"):
         row = {"prompt": prompt, "chosen": f"{prompt}! How are you?", "rejected": f"{prompt} too."}
         assert read_transcripts(row) == row
 
 
+def test_the_ends_of_turns_go_and_nothing_else():
+    texts = {"a <|im_end|>\n": "a", "a</s> <s> ": "a", " a ": " a ", "a</s>b": "a</s>b", "</s>": "", "": ""}
+    assert {text: without_end(text) for text in texts} == texts
+    assert without_end("a" + " </s>" * 100_000) == "a"
+
+
 @given(st.lists(st.sampled_from(["<|im_start|>", "user\n", "[INST]", "[/INST]", "Human:", "\n", " ", "a", "</s>"])))
 def test_any_text_is_a_transcript_or_not(pieces):
-    turns = transcript("".join(pieces))
-    if turns:
+    if found := transcript("".join(pieces)):
+        turns = found[1]
         assert {turn["role"] for turn in turns} <= {"system", "user", "assistant", "tool"}
         assert all(turn["content"] for turn in turns[:-1])
     assert without_end("".join(pieces)) in "".join(pieces)
