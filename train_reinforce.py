@@ -305,6 +305,8 @@ def main() -> None:
                     tokenizer.save_pretrained(staging)
                 policy_metrics.write_policy_results(staging, before, after, judged, results, samples, settings, log)
                 runs.publish(staging, output)
+                final = {f"final/{name}": value for name, value in results.items() if isinstance(value, int | float)}
+                accelerator.log(final, step=options.steps)
                 print(report(results, output))
         for each in accelerator.trackers:
             each.finish()

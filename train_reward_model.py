@@ -307,6 +307,7 @@ def main() -> None:
                 peft_config=get_peft_config(lora),
             )
         reward_training.keep_rewards_in_fp32(trainer)
+        reward_training.keep_logs(trainer, output)
         first = trainer.is_world_process_zero()
 
         # --- training: the earlier run with these settings goes on, if there is one
@@ -341,6 +342,7 @@ def main() -> None:
                     "precision": evaluator.precision,
                     **reward_training.run_figures(trainer, watch),
                 }
+                reward_training.tell_trackers(trainer, metrics)
                 log = trainer.state.log_history
                 reward_training.write_reward_model(staging, columns, metrics, settings, metadata, log)
                 runs.publish(staging, output)

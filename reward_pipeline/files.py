@@ -80,7 +80,9 @@ def replace_directory(target: str | Path, marker: str) -> Iterator[Path]:
     Raises:
         InputError: not writable, another process is writing it, or `target` holds files but no marker.
     """
-    target = Path(target).absolute()
+    target = Path(target).resolve()  # the directory that a symbolic link leads to, not the link
+    if not target.name:
+        raise InputError(f"{target}: can not be replaced; name a directory in it")
     temporary, old = target.with_name(f".{target.name}.tmp"), target.with_name(f".{target.name}.old")
     with sole_writer(target, target.with_name(f".{target.name}.lock")):
         try:

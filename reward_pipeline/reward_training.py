@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from tqdm.auto import tqdm
 from transformers import EvalPrediction, PrinterCallback, ProgressCallback, TrainerCallback
+from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import default_logdir
 from transformers.trainer_utils import SaveStrategy
 from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
@@ -425,6 +427,19 @@ def save_merged(trainer: PairTrainer, base: str, directory: Path) -> None:
     for adapter in directory.glob("adapter_*"):
         adapter.unlink()
     merged.save_pretrained(directory)
+
+
+def keep_logs(trainer: PairTrainer, output: Path) -> None:
+    """Let TensorBoard write into `output`, a directory a start, and not beside checkpoints, which a run may replace."""
+    for each in trainer.callback_handler.callbacks:
+        if isinstance(each, TensorBoardCallback) and each.logging_dir is None:
+            each.logging_dir = str(output / default_logdir())
+
+
+def tell_trackers(trainer: PairTrainer, metrics: dict[str, Any]) -> None:
+    """Let TensorBoard, wandb and their like know the final figures too, as `final/accuracy`."""
+    figures = {f"final/{name}": value for name, value in metrics.items() if isinstance(value, int | float)}
+    trainer.callback_handler.on_log(trainer.args, trainer.state, trainer.control, figures)
 
 
 def run_figures(trainer: PairTrainer, watch: Watch) -> dict[str, Any]:

@@ -29,6 +29,23 @@ def test_a_directory_is_replaced_whole_or_not_at_all(tmp_path):
     assert [path.name for path in target.iterdir()] == ["b"]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="links need a privilege there")
+def test_a_link_leads_to_the_directory_that_is_replaced(tmp_path):
+    (tmp_path / "disk").mkdir()
+    link = tmp_path / "result"
+    link.symlink_to(tmp_path / "disk" / "result")
+    for text in ("first", "second"):
+        with files.replace_directory(link, "mark") as directory:
+            (directory / "mark").write_text(text)
+        assert link.is_symlink() and (link / "mark").read_text() == text
+    assert [path.name for path in (tmp_path / "disk").iterdir()] == ["result"]
+
+
+def test_a_whole_disk_is_not_replaced():
+    with pytest.raises(InputError, match="can not be replaced"), files.replace_directory("/", "mark"):
+        pass
+
+
 def test_directories_of_others_are_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("years of work")
     for target in (tmp_path, tmp_path / "thesis.txt"):

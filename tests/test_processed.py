@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import flip_a_bit, make_pairs
-from datasets import Dataset, DatasetDict
+from datasets import Dataset, DatasetDict, concatenate_datasets
 
 from reward_pipeline import processed
 from reward_pipeline.conversations import encode, response_text
@@ -17,8 +17,7 @@ from reward_pipeline.schemas import check_pair
 
 METADATA = {
     "source": "a test", "digest": "1", "split_digests": {"train": "2", "validation": "3"}, "id_digests": {},
-    "validation_share": 0.5,
-    "seed": 42, "max_length": 64, "tokenizer": "tiny",
+    "validation_share": 0.5, "seed": 42, "max_length": 64, "tokenizer": "tiny",
 }  # fmt: skip
 
 
@@ -184,7 +183,25 @@ def test_another_split_of_the_same_pairs_is_other_data():
     identity = processed.data_identity(METADATA)
     for change in ({"validation_share": 0.3}, {"split_digests": {"train": "3", "validation": "2"}}):
         assert processed.data_identity({**METADATA, **change}) != identity
-    assert processed.data_identity({**METADATA, "source": "a copy"}) == identity
+    for change in ({"source": "a copy"}, {"tokenizer": "the same from the hub, another revision"}):
+        assert processed.data_identity({**METADATA, **change}) == identity
+
+
+def test_the_digest_of_ids_tells_where_they_are():
+    rows = [{"chosen_ids": [1, 2], "rejected_ids": [3]}, {"chosen_ids": [4], "rejected_ids": [5, 6]}]
+    pairs = Dataset.from_list(rows)
+    same = [
+        pairs,
+        concatenate_datasets([pairs.select([0]), pairs.select([1])]),
+        Dataset.from_list([*rows, *rows]).select([2, 1]),
+    ]
+    assert len({processed.id_digest(each) for each in same}) == 1
+    others = [
+        [rows[1], rows[0]],
+        [{"chosen_ids": [1], "rejected_ids": [3]}, {"chosen_ids": [2, 4], "rejected_ids": [5, 6]}],
+        [{"chosen_ids": [3], "rejected_ids": [1, 2]}, {"chosen_ids": [5, 6], "rejected_ids": [4]}],
+    ]
+    assert len({processed.id_digest(Dataset.from_list(each)) for each in [rows, *others]}) == 4
 
 
 # --- streams ---------------------------------------------------------------------------------------------------------

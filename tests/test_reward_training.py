@@ -1,13 +1,16 @@
 """The trainer: loss and metric by hand, NaN, the rhythm of a run, and the lines of its log."""
 
 import math
+from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 from conftest import make_pairs, parse
 from datasets import Dataset
 from torch.nn.functional import logsigmoid
+from transformers.integrations import TensorBoardCallback
 from trl import RewardConfig
 
 from reward_pipeline import reward_training
@@ -203,6 +206,23 @@ def test_the_log_is_lines_with_one_accuracy():
         "update 50/700  validation  loss 0.6000  accuracy 0.625"
     )
     assert log_line({"train_runtime": 3.0, "train_loss": 0.5}, 700, 700) == ""
+
+
+def test_logs_lie_beside_the_checkpoints_and_end_with_the_final_figures(tmp_path):
+    board = TensorBoardCallback.__new__(TensorBoardCallback)  # TensorBoard itself need not be installed
+    board.logging_dir, handler = None, Mock(callbacks=[board])
+    trainer = SimpleNamespace(callback_handler=handler, args="args", state="state", control="control")
+    reward_training.keep_logs(trainer, tmp_path)
+    assert Path(board.logging_dir).parent == tmp_path / "runs"
+    reward_training.tell_trackers(trainer, {"n": 3, "accuracy": 0.5, "accuracy_interval": [0, 1], "form_wins": None})
+    handler.on_log.assert_called_once_with("args", "state", "control", {"final/n": 3, "final/accuracy": 0.5})
+
+
+def test_a_warm_up_that_counts_updates_stays_in_a_short_run(tmp_path):
+    for usual, kept in ((3, 3), (0.05, 0)):
+        config = config_of("--output_dir", str(tmp_path), "--warmup_steps", str(usual))
+        fit_rhythm(config, 8, usual)
+        assert config.warmup_steps == kept
 
 
 def test_durations_in_words():
