@@ -62,7 +62,7 @@ def main() -> None:
     from datasets import DatasetDict
 
     from reward_pipeline.layouts import renamed
-    from reward_pipeline.models import load_tokenizer, resolve_model
+    from reward_pipeline.models import find_model, load_tokenizer
     from reward_pipeline.pairs import Tally, draw, split_by_prompt
     from reward_pipeline.plots import plot_lengths
     from reward_pipeline.processed import (
@@ -71,6 +71,7 @@ def main() -> None:
         digest,
         form_statistics,
         id_digest,
+        keep_others,
         make_unique,
         tokenize_pairs,
         whole_columns,
@@ -83,13 +84,15 @@ def main() -> None:
         return  # the others would write the same files
 
     # Everything needed is found before anything is made.
-    model = resolve_model(options.model)
+    model = find_model(options.model, weights=False)
     tokenizer = load_tokenizer(model.path)
     sources = [
         source._replace(rows=renamed(source.rows, options.columns or ()))
         for source in open_sources(options.source, options.split)
     ]
     named = ", ".join(source.name for source in sources)
+    if not options.source and sources[0].name == "sample":
+        keep_others(options.output, sources[0])
 
     with replace_directory(options.output, marker="dataset_dict.json") as directory:
         # Rows are read and checked one by one into a scratch file, which may be larger than memory.

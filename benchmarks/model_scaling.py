@@ -20,7 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import measure, training_speed
-from reward_pipeline.models import MODEL_NAME, load_reward_model, load_tokenizer, resolve_model
+from reward_pipeline.models import PACKAGED_MODEL, load_reward_model, load_tokenizer, resolve_model
 from reward_pipeline.processes import run_script
 
 SHAPES = {
@@ -47,7 +47,7 @@ def main() -> None:
     options = training_speed.parser(__doc__).parse_args()
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        training_speed.prepare(options.pairs, MODEL_NAME, options.max_length, directory)
+        training_speed.prepare(options.pairs, PACKAGED_MODEL, options.max_length, directory)
         tokens = training_speed.tokens_per_pair(directory)
         source = resolve_model().path
         parameters = {shape: make_model(SHAPES[shape], source, directory / shape) for shape in SHAPES}

@@ -31,7 +31,7 @@ from benchmarks import measure
 from reward_pipeline import reward_training
 from reward_pipeline.conversations import MIN_MAX_LENGTH
 from reward_pipeline.devices import pick_device
-from reward_pipeline.models import MODEL_NAME, load_reward_model, load_tokenizer, resolve_model
+from reward_pipeline.models import PACKAGED_MODEL, load_reward_model, load_tokenizer, resolve_model
 from reward_pipeline.prefix_sharing import prefix_tree
 from reward_pipeline.processes import run_script
 from reward_pipeline.settings import Parser, filled_text, whole
@@ -159,7 +159,7 @@ def loss_difference(ours: list[measure.Turn], theirs: list[measure.Turn]) -> flo
 
 def main() -> None:
     flags = parser(__doc__)
-    flags.flag("model", MODEL_NAME, filled_text, "base model: hub id or local directory")
+    flags.flag("model", PACKAGED_MODEL, filled_text, "base model: hub id or local directory")
     options = flags.parse_args()
     own = measure.own_dtype()
     with tempfile.TemporaryDirectory() as directory:

@@ -3,7 +3,14 @@
 from reward_pipeline import RewardModelEvaluator
 """
 
+import os
 from typing import TYPE_CHECKING
+
+# Before any library of the hub is loaded, which all read these once. A mirror's address ends without a slash: some of
+# them would ask for `//api`. TRL counts trainings unless it is told not to.
+if "HF_ENDPOINT" in os.environ:
+    os.environ["HF_ENDPOINT"] = os.environ["HF_ENDPOINT"].rstrip("/")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from reward_pipeline.evaluator import RewardModelEvaluator

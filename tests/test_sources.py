@@ -123,32 +123,6 @@ def test_hub_layout_with_its_splits(tmp_path):
         sources.open_source(path, "no_such_split")
 
 
-def test_the_hub_is_asked_for_the_default_split(tmp_path, monkeypatch):
-    """The hub's path, with its layout served from a local directory."""
-    path = hub_layout(
-        tmp_path / "repo", {"average_rating_split": [HUB_PAIR], "train": [{**HUB_PAIR, "prompt": "other"}]}
-    )
-    real_load, real_names = sources.load_dataset, sources.get_dataset_split_names
-    asked = []
-
-    def serve(name, revision, **options):
-        asked.append((name, revision, options.get("split")))
-        return (real_load if options else real_names)(path, **options)
-
-    class Api:
-        def dataset_info(self, name):
-            return type("Info", (), {"sha": "abc"})
-
-    monkeypatch.setattr(sources, "HfApi", Api)
-    monkeypatch.setattr(sources, "load_dataset", serve)
-    monkeypatch.setattr(sources, "get_dataset_split_names", serve)
-    monkeypatch.setattr(sources, "hub_reachable", lambda: True)
-    (source,) = sources.open_sources(None, None)
-    assert [response_text(check_pair(row.values)["chosen"]) for row in source.rows] == ["Red."]
-    assert asked == [(sources.HUB_DATASET, "abc", None), (sources.HUB_DATASET, "abc", "average_rating_split")]
-    assert source.origin == "hub esfrankel17/HelpSteer2_binarized, average_rating_split, revision abc"
-
-
 def test_without_network_the_sample_is_used_and_said(capsys):
     (source,) = sources.open_sources(None, None)
     assert source.name == "sample"
