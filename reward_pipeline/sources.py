@@ -143,7 +143,6 @@ def open_repository(name: str, origin: str, split: str | None, streaming: bool, 
                 f"{name}: no such directory, and the hub can not be reached; try again online, or --source sample"
             ) from error
         raise InputError(hub_reason(name, error)) from error
-    if (
     stored = None if local or streaming else revision_of(dataset)
     if stored and stored != revision:  # an older one, where the newest can not be read
         print(f"{name}: using revision {stored} from the cache" + (f", not {revision}" if revision else ""))
