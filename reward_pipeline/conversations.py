@@ -32,7 +32,14 @@ SHOWN = 60  # characters of a turn that a message shows
 ROLES = ("system", "user", "assistant", "tool")
 ROLE_NAMES = {  # under which other tools know these, in lower case
     **{role: role for role in ROLES},
-    **{"developer": "system", "human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant"},
+    **{
+        "developer": "system",
+        "human": "user",
+        "gpt": "assistant",
+        "bot": "assistant",
+        "model": "assistant",
+        "ai": "assistant",
+    },
     **{"function": "tool", "observation": "tool", "ipython": "tool"},
 }
 ASKING = ("user", "tool")  # roles of the turns that an answer may follow

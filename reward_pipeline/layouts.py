@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 
 from reward_pipeline.conversations import Messages
 from reward_pipeline.files import InputError
-from reward_pipeline.sources import ROWS, BadRow, Row
+from reward_pipeline.formats import ROWS
+from reward_pipeline.sources import BadRow, Row
 from reward_pipeline.transcripts import answered_turns, from_text, listed_messages, without_end
 
 ATTRIBUTES = ("helpfulness", "correctness", "coherence", "complexity", "verbosity")  # of a raw HelpSteer2 row
@@ -22,7 +23,17 @@ SCORE = "score|rating|reward|label"
 LABEL = "choice|winner|preferred|preference|label"
 ANSWER_A = "answer_a|response_a|output_a|answer_1|response_1|output_1"
 ANSWER_B = "answer_b|response_b|output_b|answer_2|response_2|output_2"
-LISTS = ("answers", "completions", "generations", "responses", "ratings", "rating", "generation_models", "history")
+LISTS = (
+    "answers",
+    "completions",
+    "generations",
+    "responses",
+    "ratings",
+    "rating",
+    "scores",
+    "generation_models",
+    "history",
+)
 SPOKEN_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")  # as hh-rlhf writes dialogues
 DECIMAL_COMMA = re.compile(r"\s*[-+]?\d*,(?!\d{3}\s*\Z)\d+\s*")  # with three digits it may be one between thousands
 SHOWN_COLUMNS = 20  # in a message
@@ -143,10 +154,17 @@ def cells(row: Values) -> Values:
         if cells.get(ours) is None:
             cells[ours] = value
     for name in LISTS:  # of other things than messages
-        if isinstance(text := cells.get(name), str) and text.lstrip().startswith("["):
-            with contextlib.suppress(ValueError):  # a text then
-                cells[name] = from_text(text)
+        if name in cells:
+            cells[name] = _object(cells[name])
     return cells
+
+
+def _object(value: Any) -> Any:
+    """A list or an object that a table holds as text; another text stays one."""
+    if isinstance(value, str) and value.lstrip().startswith(("[", "{")):
+        with contextlib.suppress(ValueError):
+            return from_text(value)
+    return value
 
 
 def _read(layout: Layout, row: Values) -> list[Values]:
@@ -340,9 +358,37 @@ def _arena(row: Values) -> list[Values]:
     return _pair(row, dialogues[better][:-1], dialogues, better, (row.get("model_a"), row.get("model_b")))
 
 
+def _lmsys(row: Values) -> list[Values]:
+    """Each cell is the list of what one speaker said, written as JSON."""
+    if number(row["winner_tie"], "winner_tie"):
+        raise BadRow("tie")
+    better = _side_of_flag(row, "winner_model_b")
+    asked, *answers = (from_text(row[name]) for name in ("prompt", "response_a", "response_b"))
+    dialogues = []
+    for answered in answers:
+        turns = itertools.chain(*zip(asked, answered, strict=True))
+        roles = itertools.cycle(("user", "assistant"))
+        dialogues.append([{"role": role, "content": text} for role, text in zip(roles, turns, strict=False)])
+    return _pair(row, dialogues[better][:-1], dialogues, better, (row.get("model_a"), row.get("model_b")))
+
+
+def _summaries(row: Values) -> list[Values]:
+    better, info, (first, second) = _side_of_flag(row, "choice"), _object(row["info"]), _object(row["summaries"])
+    post = info.get("post") or info["article"]
+    authors = first.get("policy"), second.get("policy")
+    return _pair(row, f"{post}\n\nTL;DR:", (first["text"], second["text"]), better, authors)
+
+
+def _webgpt(row: Values) -> list[Values]:
+    asked = _object(row["question"])
+    asked = asked["full_text"] if isinstance(asked, dict) else asked
+    answers = [(number(row[f"score_{side}"], "score"), row[f"answer_{side}"], None) for side in (0, 1)]
+    return _ranking(row, asked, answers)
+
+
 def _rated_answers(row: Values) -> list[Values]:
     """Answers without a rating are left aside."""
-    answers, ratings = _first(row, "generations|responses"), _first(row, "ratings|rating")
+    answers, ratings = _first(row, "generations|responses"), _first(row, "ratings|rating|scores")
     models = _first(row, "generation_models|models") or [None] * len(answers)
     rated = [
         (number(rating), answer, model)
@@ -474,11 +520,35 @@ LAYOUTS = (
         _ultrafeedback,
         lambda row: isinstance(row["completions"], list),
     ),
+    Layout(
+        "Arena of LMSYS on Kaggle",
+        "a list of texts a speaker, and flags for the winner",
+        ("prompt", "response_a", "response_b", "winner_model_a", "winner_model_b", "winner_tie"),
+        _lmsys,
+    ),
+    Layout(
+        "Stack Exchange, paired",
+        "a question, a better and a worse answer",
+        ("question", "response_j", "response_k"),
+        _sides("response_j", "response_k"),
+    ),
+    Layout(
+        "OpenAI summaries",
+        "two summaries of a post, 0 or 1 for the better one",
+        ("info", "summaries", "choice"),
+        _summaries,
+    ),
+    Layout(
+        "WebGPT comparisons",
+        "two answers with a score each",
+        ("question", "answer_0", "answer_1", "score_0", "score_1"),
+        _webgpt,
+    ),
     Layout("Chatbot Arena", "two dialogues and a winner", ("conversation_a", "conversation_b", "winner"), _arena),
     Layout(
         "Distilabel",
         "answers with ratings, every pair of them",
-        (PROMPT, "generations|responses", "ratings|rating"),
+        (PROMPT, "generations|responses", "ratings|rating|scores"),
         _rated_answers,
     ),
     Layout(

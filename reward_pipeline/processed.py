@@ -28,6 +28,7 @@ from reward_pipeline.form import (
     form_margins,
     longer_wins,
 )
+from reward_pipeline.formats import FILE_TYPES, ROWS, file_type
 from reward_pipeline.layouts import renamed
 from reward_pipeline.models import ModelSource, load_tokenizer
 from reward_pipeline.negatives import mismatched_pairs
@@ -35,12 +36,9 @@ from reward_pipeline.pairs import Tally, is_validation_prompt, pair_keys, readab
 from reward_pipeline.processes import decided_once, together
 from reward_pipeline.schemas import checked_pairs
 from reward_pipeline.sources import (
-    FILE_TYPES,
-    ROWS,
     SAMPLE_FILE,
     Source,
     check_split,
-    file_type,
     open_source,
     pick_split,
 )

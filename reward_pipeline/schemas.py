@@ -38,6 +38,7 @@ RATINGS = ("{}_rating", "{}_score", "rating_{}", "score_{}", "{}_avg_rating")
 RATING_COLUMNS = {side: _spelled(*(name.format(side) for name in RATINGS)) for side in ("chosen", "rejected")}
 AUTHOR_COLUMNS = {side: _spelled(f"{side}_author", f"{side}_model") for side in ("chosen", "rejected")}
 SYSTEM_COLUMNS = _spelled("system", "system_prompt", "system_message")
+NO_NUMBER = ("nan", "none", "null")  # as tables write a cell without a rating
 CATEGORY_COLUMNS = ("category", "subset", "domain")
 
 
@@ -169,7 +170,7 @@ def _is_null(value: Any) -> bool:
 
 
 def in_turns(row: dict[str, Any]) -> dict[str, Any]:
-    """A row with its prompt as messages: transcripts are read, the system column is a turn.
+    """A row with its prompt as messages: transcripts are read, the system column is a turn, a number is its digits.
 
     Without a prompt it is what stands before the chosen answer in its message list.
 
@@ -177,9 +178,15 @@ def in_turns(row: dict[str, Any]) -> dict[str, Any]:
         BadRow: the prompt is no conversation that can be answered.
         KeyError: there is none.
     """
-    row = read_transcripts(row)
+    row = read_transcripts({name: str(value) if _is_number(name, value) else value for name, value in row.items()})
     implicit = "prompt" not in row and isinstance(row["chosen"], list)
     return {**row, "prompt": _with_system(_checked_prompt(row["chosen"][:-1] if implicit else row["prompt"]), row)}
+
+
+def _is_number(name: str, value: Any) -> bool:
+    """Whether a text came as a number: `datasets` keeps "2" as JSON where a column has messages too."""
+    texts = ("prompt", "chosen", "rejected", "response")
+    return name in texts and isinstance(value, int | float) and not isinstance(value, bool) and not is_empty(value)
 
 
 def _checked_prompt(prompt: Any) -> Messages:
@@ -211,7 +218,7 @@ def _context(prompt: Messages, row: dict[str, Any], side: str) -> Messages:
 
 
 def _rating(row: dict[str, Any], side: str) -> float | None:
-    values = _values(row, RATING_COLUMNS[side])
+    values = [value for value in _values(row, RATING_COLUMNS[side]) if str(value).lower() not in NO_NUMBER]
     return number(values[0]) if values else None
 
 

@@ -1,38 +1,24 @@
 """Files and repositories become rows, read as streams: nothing here holds more than a batch in memory."""
 
-import codecs
 import contextlib
-import csv
-import gzip
-import io
-import itertools
-import json
 import re
-import zlib
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ijson
-import pyarrow.parquet
-from datasets import Dataset, get_dataset_split_names, load_dataset
+from datasets import Dataset, DatasetDict, get_dataset_split_names, load_dataset, load_from_disk
 from huggingface_hub import HfApi
 
 from reward_pipeline.files import InputError, first_line
+from reward_pipeline.formats import FILE_TYPES, KNOWN, OTHER_TYPES, ROWS, file_type, read_batches, rows_of_file
 from reward_pipeline.hub import from_cache_alone, hub_reachable, hub_reason, patiently
 
 HUB_DATASET = "esfrankel17/HelpSteer2_binarized"  # hub id of the default source
 HUB_SPLIT = "average_rating_split"  # split of it; its siblings by --split
 SAMPLE_FILE = Path(__file__).resolve().parents[1] / "sample_data" / "helpsteer_sample.jsonl"
-FILE_TYPES = (".json", ".jsonl", ".csv", ".parquet")
-ROWS = 1000  # rows per step, for reading and tokenising
-MAX_DEPTH = 100  # lists and objects in each other; what comes after the parser goes through them by recursion
+SAVED = ("dataset_dict.json", "state.json")  # in a directory that `save_to_disk` wrote
+SHOWN = 3  # names of files in a message
 REVISION = re.compile("[0-9a-f]{40}")
-NOT_UTF8 = re.compile("[\udc80-\udcff]")  # as what bytes are decoded that are no UTF-8
-BROKEN_FILE = (OSError, EOFError, zlib.error, ijson.JSONError, pyarrow.ArrowException, UnicodeDecodeError, csv.Error)
-
-OpenFile = gzip.GzipFile | io.BufferedReader
 
 
 class BadRow(ValueError):
@@ -100,12 +86,14 @@ def open_source(name: str, split: str | None = None, streaming: bool = False, re
     if path.is_file():
         origin = "sample pairs of this project" if name == "sample" else f"local file {name}"
         return Source(name, origin, read_file(path))
+    if path.is_dir() and Path.cwd().is_relative_to(path.resolve()):
+        raise InputError(f"{name}: the scripts write here too; name a file, or a directory of data alone")
+    if path.is_dir() and any((path / mark).is_file() for mark in SAVED):
+        return open_saved(name, split)
     if path.is_dir() and not (path / "README.md").is_file():
-        files = sorted(file for file in path.rglob("*") if file_type(file) in FILE_TYPES)  # one order everywhere
-        if split:
-            files = [file for file in files if file.name.startswith(split)]
+        files = data_files(path, split)
         if not files:
-            raise InputError(f"{name}: no data files here; known types are {', '.join(FILE_TYPES)} (also .gz)")
+            raise InputError(f"{name}: no data files here; known types are {KNOWN}")
         return Source(name, f"local directory {name}", (row for file in files for row in read_file(file)))
     if path.is_dir():
         return open_repository(name, f"local directory {name}", split, streaming)
@@ -113,6 +101,31 @@ def open_source(name: str, split: str | None = None, streaming: bool = False, re
     if name.count("/") != 1 or file_type(path) in FILE_TYPES:
         raise InputError(f"{name}: no such file or directory")
     return open_repository(name, f"hub {name}", split, streaming, revision)
+
+
+def data_files(path: Path, split: str | None) -> list[Path]:
+    """The data files in a directory and below, in one order everywhere; what is left out is named."""
+    found = sorted(file for file in path.rglob("*") if file.is_file())
+    files = [file for file in found if file_type(file) in FILE_TYPES and (not split or file.name.startswith(split))]
+    if others := [file.name for file in found if file_type(file) in OTHER_TYPES]:
+        shown = ", ".join(others[:SHOWN]) + (", …" if len(others) > SHOWN else "")
+        print(f"{path}: {len(others)} files of types that are not read are left out: {shown}")
+    return files
+
+
+def open_saved(name: str, split: str | None) -> Source:
+    """Read what `save_to_disk` of `datasets` wrote, prepared data of this project too."""
+    try:
+        dataset = load_from_disk(name)
+    except Exception as error:  # as in `open_repository`
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise InputError(f"{name}: can not be read as a saved dataset ({reason})") from error
+    if isinstance(dataset, DatasetDict):
+        split = pick_split(name, list(dataset), split)
+        return Source(name, f"local directory {name}, {split}", raw_rows(dataset[split], f"{name}, {split}"))
+    if split:
+        raise InputError(f"{name}: holds one split; leave --split {split} out")
+    return Source(name, f"local directory {name}", raw_rows(dataset, name))
 
 
 def open_repository(name: str, origin: str, split: str | None, streaming: bool, revision: str | None = None) -> Source:
@@ -158,147 +171,37 @@ def revision_of(dataset: Dataset) -> str | None:
 
 
 def raw_rows(dataset: Dataset, name: str) -> Iterator[Row]:
-    """Rows as stored: nothing is decoded, since a picture or a sound may name any file to be opened.
+    """Rows as stored, but for what is kept as JSON: a picture or a sound may name any file to be opened.
 
     Raises:
         InputError: they can not be read to their end, such as a stream whose connection broke.
     """
     number = 0
     try:
-        for table in dataset.with_format("arrow").iter(ROWS):
-            for values in table.to_pylist():
-                number += 1
-                yield Row(f"{name} row {number}", values)
+        for number, values, problem in read_batches(dataset.with_format("arrow").iter(ROWS)):
+            yield Row(f"{name} row {number}", values, problem)
     except Exception as error:  # a stream meets as many types as `open_repository`
         reason = f"{type(error).__name__}: {first_line(error)}"
         raise InputError(f"{name}: can not be read to its end (after row {number}: {reason})") from error
 
 
 def pick_split(name: str, splits: list[str], wanted: str | None) -> str:
-    """The wanted split, else the default one of HelpSteer2_binarized, else `train`, else the only one."""
-    candidates = [wanted] if wanted else [HUB_SPLIT, "train", *(splits if len(splits) == 1 else [])]
+    """The wanted split, else the default one of HelpSteer2_binarized, else `train` or what begins so, else the only."""
+    trained = [split for split in splits if split.startswith("train")]  # such as the `train_prefs` of UltraFeedback
+    candidates = (
+        [wanted] if wanted else [HUB_SPLIT, "train", *(each[0] for each in (trained, splits) if len(each) == 1)]
+    )
     for candidate in candidates:
         if candidate in splits:
             return candidate
     raise InputError(f"{name}: choose one of its splits by --split: {', '.join(splits)}")
 
 
-def file_type(path: Path) -> str:
-    """Suffix without compression: `.jsonl` for `pairs.jsonl.gz`."""
-    return path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
-
-
 def read_file(path: Path) -> Iterator[Row]:
     """Rows of one data file, read as a stream.
 
     Raises:
-        InputError: unknown type, or broken beyond single rows (damaged compression, Parquet or JSON array).
+        InputError: as `formats.rows_of_file`.
     """
-    reader = {".jsonl": read_json, ".json": read_json, ".csv": read_csv, ".parquet": read_parquet}.get(file_type(path))
-    if reader is None:
-        raise InputError(f"{path}: unknown file type; known are {', '.join(FILE_TYPES)} (also .gz)")
-    number = 0
-    try:
-        with gzip.open(path, "rb") if path.suffix == ".gz" else path.open("rb") as file:
-            for number, values, problem in reader(file):
-                if problem is None and not isinstance(values, dict):
-                    values, problem = {}, "not an object with named columns"
-                yield Row(f"{path} row {number}", values, problem)
-    except BROKEN_FILE as error:
-        raise InputError(
-            f"{path}: can not be read to its end (after row {number}: {first_line(error)}); mend or restore the file"
-        ) from error
-
-
-def read_json(file: OpenFile) -> Iterator[tuple[int, Any, str | None]]:
-    """JSON lines, or one array of objects: the first character tells, the file's name does not."""
-    start = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
-    file.seek(start)
-    first = file.read(1)
-    while first.isspace():
-        first = file.read(1)
-    file.seek(start)
-    if first == b"[":
-        yield from read_json_array(file)
-        return
-    for number, line in enumerate(file, start=1):
-        if not line.strip():
-            continue
-        try:
-            yield number, json.loads(line.decode("utf-8")), None
-        except UnicodeDecodeError:
-            yield number, {}, "not valid UTF-8"
-        except (ValueError, RecursionError):  # the second one: a line of a hundred thousand brackets
-            yield number, {}, "not valid JSON"
-
-
-def read_json_array(file: OpenFile) -> Iterator[tuple[int, Any, str | None]]:
-    """Items of one array, of any length: `json.load` would hold all of them in memory.
-
-    Not `ijson.items`, which needs memory quadratic in the depth of nesting: a megabyte of brackets asks for all there
-    is. Here what is deeper than `MAX_DEPTH` is walked through and not built; `deepest` remembers to refuse that item.
-    """
-    number, depth = 0, 0
-    for event, value in ijson.basic_parse(file, use_float=True):
-        opens, closes = event.startswith("start_"), event.startswith("end_")
-        if depth == 0 or (depth == 1 and closes):  # the brackets of the array itself
-            depth += opens - closes
-            continue
-        if depth == 1:
-            item, deepest = ijson.ObjectBuilder(), 1
-        depth += opens
-        deepest = max(deepest, depth)
-        if depth <= MAX_DEPTH:
-            item.event(event, value)
-        depth -= closes
-        if depth == 1:
-            number += 1
-            yield (number, item.value, None) if deepest <= MAX_DEPTH else (number, {}, "nested too deeply")
-
-
-def read_csv(file: OpenFile) -> Iterator[tuple[int, Any, str | None]]:
-    """Rows of a CSV file whose first row that is not blank names the columns; all rows count, blank ones too."""
-    csv.field_size_limit(2**31 - 1)  # by default 131,072 characters, and dialogues are longer
-    # Bytes that are no UTF-8 are let through as surrogates here, so that they cost their row and not the file.
-    lines = (line.decode("utf-8-sig", "surrogateescape") for line in file)
-    reader = csv.reader(lines)
-    header = next((cells for cells in reader if cells), [])
-    first = reader.line_num
-    if any(map(NOT_UTF8.search, header)):
-        raise InputError(f"{file.name} row {first}: not valid UTF-8; convert the file")
-    if len(header) == 1:
-        raise InputError(f"{file.name} row {first}: has one column, {header[0]!r}; cells must be separated by commas")
-    if twice := [column for column, count in Counter(header).items() if column and count > 1]:
-        raise InputError(f"{file.name} row {first}: has two columns {twice[0]!r}; rename one of them")
-    # Not `DictReader`, which passes over blank lines without counting them, and of two columns with one name keeps the
-    # last one. `strict`, since a quote that is never closed would make one cell of the rest of the file, in silence.
-    for number, cells in enumerate(csv.reader(lines, strict=True), start=first + 1):
-        if not cells:
-            continue
-        if any(cells[len(header) :]):
-            yield number, {}, "more cells than columns; text with commas needs quotes"
-            continue
-        try:
-            yield number, dict(itertools.zip_longest(header, map(checked_cell, cells[: len(header)]))), None
-        except BadRow as error:
-            yield number, {}, str(error)
-
-
-def checked_cell(value: Any) -> Any:
-    """The same cell.
-
-    Raises:
-        BadRow: it has bytes that are no UTF-8.
-    """
-    if isinstance(value, str) and NOT_UTF8.search(value):
-        raise BadRow("not valid UTF-8")
-    return value
-
-
-def read_parquet(file: OpenFile) -> Iterator[tuple[int, Any, str | None]]:
-    """Rows of a Parquet file, batch by batch."""
-    number = 0
-    for batch in pyarrow.parquet.ParquetFile(file).iter_batches(batch_size=ROWS):
-        for row in batch.to_pylist():
-            number += 1
-            yield number, row, None
+    for file, number, values, problem in rows_of_file(path):
+        yield Row(f"{file} row {number}", values, problem)

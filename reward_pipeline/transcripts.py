@@ -17,6 +17,7 @@ from reward_pipeline.sources import BadRow
 
 LITERAL_LIMIT = 1_000_000  # characters of a Python literal; its parser takes a hundred times that in memory
 KEYS = [re.compile(rf"""(["'])(?:{names})\1\s*:""") for names in ("role|from", "content|value")]
+CUT_OFF = re.compile(r"""\[\s*\{\s*["'](?:role|from)["']\s*:""")  # the start of a list, where its end is missing
 # What NumPy leaves out between the items of an array, and adds around one in another; strings are passed over.
 NUMPY = re.compile(
     r"""(?P<text>(?:'(?:[^'\\]|\\.)*+(?:'|\Z)|"(?:[^"\\]|\\.)*+(?:"|\Z)))(?:\s+(?=['"]))?"""
@@ -37,6 +38,8 @@ def listed_messages(value: Any) -> Any:
     if not isinstance(value, str):
         return _as_list(value)
     text = value.strip()
+    if CUT_OFF.match(text) and not text.endswith("]"):
+        raise BadRow("message list in a text can not be read")
     if text[:1] + text[-1:] not in ("[]", "{}") or (text[0] == "[" and not text[1:].lstrip().startswith("{")):
         return value
     if not all(key.search(text) for key in KEYS):

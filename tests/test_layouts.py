@@ -1,6 +1,7 @@
 """Each published layout gives the pair that its labels mean, and a row without one gives the reason."""
 
 import itertools
+import json
 import math
 import re
 
@@ -105,6 +106,26 @@ PUBLISHED = [
         },
         True,
     ),
+    (
+        "Arena of LMSYS on Kaggle",
+        {
+            "prompt": json.dumps([GREETING[0]["content"], QUESTION]),
+            "response_a": json.dumps([GREETING[1]["content"], GOOD]),
+            "response_b": json.dumps([GREETING[1]["content"], BAD]),
+            **{"winner_model_a": "1", "winner_model_b": "0", "winner_tie": "0"},
+        },
+        True,
+    ),
+    ("Stack Exchange, paired", {"qid": 1, "question": QUESTION, "response_j": GOOD, "response_k": BAD}, False),
+    (
+        "WebGPT comparisons",
+        {
+            **{"question": {"full_text": QUESTION}, "answer_0": BAD, "answer_1": GOOD},
+            **{"score_0": -0.5, "score_1": 0.5},
+        },
+        False,
+    ),
+    ("Distilabel", {"prompt": QUESTION, "responses": [BAD, GOOD], "scores": [0.1, 0.9]}, False),
     ("Distilabel", {"instruction": QUESTION, "generations": [BAD, GOOD], "ratings": [1, 4.5]}, False),
     ("Distilabel", {"prompt": QUESTION, "responses": [GOOD, BAD, "-"], "ratings": [5, 2, None]}, False),
     ("labelled answers", {"question": QUESTION, "answer_a": BAD, "answer_b": GOOD, "choice": "B"}, False),
@@ -139,7 +160,11 @@ def test_every_layout_gives_the_pair_that_its_label_means(name, row, greeted):
 
 
 def test_every_layout_is_tried_and_listed():
-    assert {name for name, *_ in PUBLISHED} == {layout.name for layout in LAYOUTS} - {"HelpSteer2", "scored answers"}
+    assert {name for name, *_ in PUBLISHED} == {layout.name for layout in LAYOUTS} - {
+        "HelpSteer2",
+        "scored answers",
+        "OpenAI summaries",  # whose prompt is the post with what asks for a summary
+    }
     page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     table = re.search(r"\| read as \| .*\n\|---\|---\|---\|\n((?:\|.*\n)+)", page)[1].splitlines()
     shown = [
@@ -193,6 +218,13 @@ def test_every_layout_is_tried_and_listed():
 def test_ties_and_missing_labels_have_their_reasons(name, change, reason):
     row = next(row for other, row, _ in PUBLISHED if other == name)
     assert outcomes({**row, **change}) == [reason]
+
+
+def test_a_summary_is_asked_for_below_its_post():
+    summaries = [{"text": BAD, "policy": "p"}, {"text": GOOD, "policy": "q"}]
+    (pair,) = outcomes({"info": {"post": "A long story."}, "summaries": summaries, "choice": 1})
+    assert pair["prompt"][0]["content"] == "A long story.\n\nTL;DR:" and pair["chosen"] == said(GOOD)
+    assert (pair["chosen_author"], pair["rejected_author"]) == ("q", "p")
 
 
 def test_a_ranking_is_every_pair_that_it_implies():

@@ -62,7 +62,7 @@ def test_multi_turn_prompts_become_turns():
         ({"chosen": None}, "null"),
         ({"prompt": "  \n"}, "empty prompt"),
         ({"prompt": math.nan}, "null"),
-        ({"prompt": 5}, "a prompt is a string or a list of messages, not int"),
+        ({"prompt": True}, "a prompt is a string or a list of messages, not bool"),
         ({"prompt": []}, "the prompt has no messages"),
         (
             {"prompt": [{"role": "assistant", "content": "x"}]},
@@ -78,7 +78,7 @@ def test_multi_turn_prompts_become_turns():
         ),
         ({"system": ["x"]}, "system is not a text"),
         ({"rejected": " "}, "empty response"),
-        ({"rejected": 7}, "a response is a string or a list of messages, not int"),
+        ({"rejected": False}, "a response is a string or a list of messages, not bool"),
         ({"rejected": [USER]}, "the response must end with an assistant turn, not with 'user'"),
         (
             {"rejected": [{"role": "assistant", "tool_calls": [{"name": "x", "arguments": {}}]}]},
@@ -101,7 +101,7 @@ def test_multi_turn_prompts_become_turns():
             "chosen and rejected answer different turns",
         ),
         ({"chosen_rating": "good", "rejected_rating": 1}, "rating is not a number"),
-        ({"chosen_rating": float("nan"), "rejected_rating": 1}, "rating is not a number"),
+        ({"chosen_rating": float("inf"), "rejected_rating": 1}, "rating is not a number"),
         ({"chosen_rating": 10**400, "rejected_rating": 1}, "rating is not a number"),
         ({"chosen_rating": True, "rejected_rating": 0}, "rating is not a number"),
         ({"chosen_rating": 1, "rejected_rating": 1.2}, "rating says the rejected is better"),
@@ -261,6 +261,9 @@ def test_ratings_are_read_under_every_name(name):
         assert (pair["chosen_rating"], pair["rejected_rating"]) == (4.25, -1.5)
         assert outcomes({**PAIR, chosen: 1, rejected: 1}) == ["tied ratings"]
         assert outcomes({**PAIR, chosen: 1, rejected: 2}) == ["rating says the rejected is better"]
+        for empty in (None, "", "NaN", float("nan")):
+            (pair,) = outcomes({**PAIR, chosen: empty, rejected: 2})
+            assert (pair["chosen_rating"], pair["rejected_rating"]) == (None, None)
         assert outcomes({**PAIR, chosen: "1,000", rejected: 2}) == ["rating is not a number"]  # one, or a thousand
     page = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
     assert all(f"`{name}`" in page for name in names)
@@ -329,3 +332,8 @@ def test_any_row_is_a_pair_or_has_a_reason(rows):
 def test_categories_may_be_anything():
     assert [category_of(row) for row in ({"category": 0}, {"subset": "$x_$\ud800"})] == ["0", "$x_$?"]
     assert [category_of(row) for row in ({}, {"category": None}, {"category": math.nan})] == [""] * 3
+
+
+def test_a_number_is_its_digits_and_says_the_same_as_the_text():
+    row = {"prompt": 12, "chosen": 2, "rejected": 0.5}
+    assert outcomes(row) == outcomes({name: str(value) for name, value in row.items()})

@@ -1,14 +1,18 @@
+import bz2
 import csv
 import gzip
+import io
 import json
+import lzma
 import sys
+import zipfile
 from pathlib import Path
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 from conftest import HUB_PAIR, PAIR
-from datasets import Dataset, Features, Image, Value
+from datasets import Dataset, DatasetDict, Features, Image, Value
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -30,6 +34,12 @@ def write_csv(path, rows, opener=open):
         writer.writerows(rows)
 
 
+def pyarrow_bytes(rows):
+    content = io.BytesIO()
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), content)
+    return content.getvalue()
+
+
 def test_all_file_types_give_the_same_rows(tmp_path):
     rows = [{**PAIR, "chosen": 'Red,\n"deep" ё'}, {**PAIR, "prompt": "Another\nprompt"}]
     lines = "".join(json.dumps(row) + "\n\n" for row in rows)
@@ -45,6 +55,158 @@ def test_all_file_types_give_the_same_rows(tmp_path):
     for path in files:
         assert rows_of(path) == rows, path
     assert rows_of(tmp_path) == rows * 9
+
+
+RUSSIAN = [{"prompt": "Сколько будет 2 + 2?", "chosen": "4; ровно, без остатка", "rejected": "Не знаю | спроси"}] * 2
+ROWS = [PAIR, {**PAIR, "prompt": "Another\nprompt"}, {**PAIR, "chosen": "Красный.\u2028Да"}]
+
+
+def table(rows, separator=",", line_end="\r\n", above=""):
+    text = io.StringIO(above)
+    text.seek(0, io.SEEK_END)
+    writer = csv.DictWriter(text, rows[0], delimiter=separator, lineterminator=line_end, quoting=csv.QUOTE_ALL)
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()
+
+
+def lines(rows, end="\n"):
+    return "".join(json.dumps(row, ensure_ascii=False) + end for row in rows)
+
+
+def zipped(**members):
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w") as archive:
+        for name, text in members.items():
+            archive.writestr(f"inside/{name.replace('__', '.')}", text)
+    return content.getvalue()
+
+
+def arrow(rows, form):
+    content, found = io.BytesIO(), pyarrow.Table.from_pylist(rows)
+    with form(content, found.schema) as writer:
+        writer.write_table(found)
+    return content.getvalue()
+
+
+@pytest.mark.parametrize(
+    "name, content",
+    [
+        ("a.JSONL", lines(ROWS)),
+        ("a.ndjson", lines(ROWS)),
+        ("a.jsonl.bz2", bz2.compress(lines(ROWS).encode())),
+        ("a.jsonl.XZ", lzma.compress(lines(ROWS).encode())),
+        ("a.jsonl.zst", pyarrow.compress(lines(ROWS).encode(), "zstd", asbytes=True)),
+        ("a.csv.zst", pyarrow.compress(table(ROWS).encode(), "zstd", asbytes=True)),
+        ("a.zip", zipped(a__jsonl=lines(ROWS[:1]), b__csv=table(ROWS[1:]), c__txt="no data")),
+        ("a.arrow", arrow(ROWS, pyarrow.ipc.new_stream)),
+        ("a.arrow", arrow(ROWS, pyarrow.ipc.new_file)),
+        ("a.parquet.gz", gzip.compress(pyarrow_bytes(ROWS))),
+        # encodings
+        *((f"a.{kind}", text.encode(encoding))
+          for encoding in ("utf-16", "utf-32", "utf-8-sig", "utf-16-le", "utf-16-be")
+          for kind, text in (("jsonl", lines(ROWS)), ("csv", table(ROWS)), ("json", json.dumps(ROWS)))),
+        # separators and ends of lines
+        ("a.csv", table(ROWS, ";")),
+        ("a.csv", table(ROWS, "\t")),
+        ("a.tsv", table(ROWS, "\t", "\n")),
+        ("a.txt", table(ROWS, "\t").encode("utf-16")),
+        ("a.txt", lines(ROWS)),
+        ("a.csv", table(ROWS, "|", above="sep=|\r\n")),
+        ("a.csv", table(ROWS, above="\r\n\r\n")),
+        ("a.csv", table(ROWS, line_end="\r")),
+        ("a.jsonl", lines(ROWS, "\r")),
+        ("a.jsonl", lines(ROWS, "\r\n")),
+        # forms of JSON
+        ("a.json", json.dumps({"data": ROWS}, indent=2)),
+        ("a.json", json.dumps({"version": 1, "train": ROWS})),
+        ("a.json", json.dumps({"mine": ROWS})),
+        ("a.json", json.dumps({"features": [], "rows": [{"row_idx": 0, "row": row} for row in ROWS]})),
+        ("a.json", "\n".join(json.dumps(row, indent=1) for row in ROWS)),
+        ("a.json", json.dumps({name: [row[name] for row in ROWS] for name in PAIR})),
+        ("a.json", json.dumps({name: {str(number): row[name] for number, row in enumerate(ROWS)} for name in PAIR})),
+        ("a.json", json.dumps({str(number): row for number, row in enumerate(ROWS)})),
+        ("a.json", json.dumps({"columns": list(PAIR), "index": [], "data": [list(row.values()) for row in ROWS]})),
+        ("a.json", json.dumps({"train": ROWS, "test": ROWS[:1]}, indent=1)),
+        ("a.json", json.dumps({"schema": {"fields": []}, "data": ROWS})),
+    ],
+)  # fmt: skip
+def test_every_form_of_a_table_gives_the_same_rows(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert rows_of(path) == ROWS
+
+
+@pytest.mark.parametrize("text", [json.dumps(PAIR), json.dumps(PAIR, indent=1)])
+@pytest.mark.parametrize("messages", [False, True])
+def test_one_row_alone_is_a_row(tmp_path, text, messages):
+    row = {name: [{"role": "user", "content": text}] for name, text in PAIR.items()} if messages else PAIR
+    (tmp_path / "a.json").write_text(json.dumps(row, indent=1 if "\n" in text else None))
+    assert rows_of(tmp_path / "a.json") == [row]
+
+
+@pytest.mark.parametrize(
+    "encoding, shown", [("cp1251", "Windows-1251"), ("koi8-r", "KOI8-R"), ("cp1252", "Windows-1252")]
+)
+def test_other_encodings_are_named_row_by_row(tmp_path, encoding, shown):
+    rows = [{**PAIR, "chosen": "Ça va très bien."}] if encoding == "cp1252" else RUSSIAN
+    for name, content in (("a.jsonl", lines([PAIR, *rows])), ("a.csv", table([PAIR, *rows]))):
+        (tmp_path / name).write_bytes(content.encode(encoding))
+        good, *bad = sources.open_source(str(tmp_path / name)).rows
+        assert good.values == PAIR and all(
+            f"({shown}, perhaps; iconv -f {shown.upper()} " in row.problem for row in bad
+        )
+
+
+def test_a_comma_after_every_line_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_text(lines(ROWS, ",\n"))
+    assert {row.problem for row in sources.open_source(str(tmp_path / "a.jsonl")).rows} == {
+        "not valid JSON; a comma ends the line: only an array in brackets has them"
+    }
+
+
+MIXED = [
+    {"prompt": [{"role": "user", "content": "Hi", "name": "Ann"}], "chosen": "a", "rejected": "b"},
+    {"prompt": "Yo", "chosen": [{"role": "assistant", "content": "c"}], "rejected": "d"},
+]
+
+
+def test_what_datasets_keeps_as_json_is_decoded_in_every_container(tmp_path):
+    """Columns of mixed types, and rows with optional keys."""
+    (tmp_path / "rows.jsonl").write_text(lines(MIXED))
+    mixed = Dataset.from_list(MIXED, on_mixed_types="use_json")
+    mixed.to_parquet(tmp_path / "rows.parquet")
+    mixed.save_to_disk(tmp_path / "saved")
+    DatasetDict({"train": mixed, "test": mixed.select([0])}).save_to_disk(tmp_path / "splits")
+    (tmp_path / "repository").mkdir()
+    (tmp_path / "repository" / "README.md").write_text("# Pairs\n")
+    (tmp_path / "repository" / "train.jsonl").write_text(lines(MIXED))
+    for name in ("rows.jsonl", "rows.parquet", "saved", "splits", "repository"):
+        rows = rows_of(tmp_path / name)
+        assert [check_pair(row) for row in rows] == [check_pair(row) for row in MIXED], name
+    assert len(rows_of(tmp_path / "splits", "test")) == 1
+    with pytest.raises(InputError, match="holds one split; leave --split test out"):
+        sources.open_source(str(tmp_path / "saved"), "test")
+    (tmp_path / "saved" / "state.json").write_text("{}")
+    with pytest.raises(InputError, match="saved: can not be read as a saved dataset"):
+        sources.open_source(str(tmp_path / "saved"))
+
+
+def test_what_a_directory_has_beside_data_is_named(tmp_path, capsys):
+    for name in ("a.jsonl", "deep/B.JSONL", "notes.txt", "c.xlsx", "d.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(lines([PAIR]))
+    assert rows_of(tmp_path) == [PAIR] * 2
+    assert "2 files of types that are not read are left out: c.xlsx, d.tar" in capsys.readouterr().out
+
+
+def test_the_directory_of_the_scripts_is_no_source(tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    (tmp_path / "a.jsonl").write_text(lines([PAIR]))
+    monkeypatch.chdir(tmp_path / "here")
+    for name in (".", "..", str(tmp_path)):
+        with pytest.raises(InputError, match="the scripts write here too; name a file"):
+            sources.open_source(name)
 
 
 def test_csv_rows_are_counted_with_blank_lines_and_keep_their_cells(tmp_path):
@@ -94,7 +256,7 @@ def test_locations_name_file_and_row(tmp_path):
     assert rows == [
         (f"{path} row 1", None),
         (f"{path} row 3", "not valid JSON"),
-        (f"{path} row 4", "not valid UTF-8"),
+        (f"{path} row 4", "not valid UTF-8 (Windows-1252, perhaps; iconv -f WINDOWS-1252 -t UTF-8 would convert it)"),
         (f"{path} row 5", "not an object with named columns"),
         (f"{path} row 6", "not valid JSON"),
     ]
@@ -158,9 +320,12 @@ def flipped(content: bytes) -> bytes:
         ("x.jsonl.gz", flipped(gzip.compress(json.dumps(PAIR).encode() * 1000)), "can not be read to its end"),
         ("x.json", b'[{"prompt": "a"}, {"pro', "can not be read to its end"),
         ("x.json", b'[{"prompt": "a"}, {"prompt": "\xff"}]', r"can not be read to its end \(after row 1"),
-        ("x.csv", "prompt,chosen,rejecté\n".encode("latin-1"), "row 1: not valid UTF-8; convert the file"),
-        ("x.csv", "prompt,chosen,rejected\n".encode("utf-16"), "row 1: not valid UTF-8; convert the file"),
-        ("x.csv", b'"prompt";"chosen";"rejected"\n', "row 1: has one column, .*; cells must be separated by commas"),
+        (
+            "x.csv",
+            "prompt,chosen,rejecté\n".encode("latin-1"),
+            r"row 1: not valid UTF-8 \(Windows-1252.*; convert the file",
+        ),
+        ("x.csv", b'"prompt:chosen:rejected"\n', "row 1: has one column, .*; cells must be separated by commas"),
     ],
 )
 def test_broken_files_are_named(tmp_path, name, content, message):
@@ -182,7 +347,7 @@ def test_rows_that_are_not_utf8_are_named(tmp_path):
         (first, _), (second, reason) = [
             (row, pair or reason) for row, pair, reason in checked_pairs(sources.open_source(str(tmp_path / name)).rows)
         ]
-        assert first.values["chosen"] == "Rouge, ça va." and reason == "not valid UTF-8"
+        assert first.values["chosen"] == "Rouge, ça va." and reason.startswith("not valid UTF-8 (Windows-1252")
         assert second.location == f"{tmp_path / name} row {len(lines)}"
 
 

@@ -94,8 +94,9 @@ def test_other_texts_stay(text):
         "[{'role': 'user', 'content': 'x'}\n ...\n {'role': 'user', 'content': 'y'}]",
         "[{'role': 'user', 'content': " + "[" * 100_000 + "]" * 100_000 + "}]",
         "[{'role': 'user', 'content': '" + "x" * 1_000_000 + "'}]",
+        '[{"role": "assistant", "content": "cut o',
     ],
-    ids=["JSON", "code", "cut by NumPy", "deep", "long"],
+    ids=["JSON", "code", "cut by NumPy", "deep", "long", "cut off"],
 )
 def test_lists_that_can_not_be_read_are_dropped_with_that_reason(text):
     with pytest.raises(BadRow, match="message list in a text can not be read"):
