@@ -63,7 +63,7 @@ def main() -> None:
 
     from reward_pipeline.layouts import renamed
     from reward_pipeline.models import find_model, load_tokenizer
-    from reward_pipeline.pairs import Tally, draw, split_by_prompt
+    from reward_pipeline.pairs import REPEATS, Tally, draw, split_by_prompt, split_keys
     from reward_pipeline.plots import plot_lengths
     from reward_pipeline.processed import (
         COUNT_COLUMNS,
@@ -74,6 +74,7 @@ def main() -> None:
         keep_others,
         make_unique,
         tokenize_pairs,
+        warn_of_near_duplicates,
         whole_columns,
         whole_lengths,
         write_pairs,
@@ -106,9 +107,10 @@ def main() -> None:
         # Pairs are made unique: the first of equal ones stays, and none of two that say the opposite.
         pairs, keys = make_unique(pairs, named, tally)
 
-        # Some are drawn, and split so that no prompt stands on both sides.
+        # Some are drawn, and split so that no prompt stands on both sides, in whatever spelling.
         drawn = draw(len(pairs), options.limit, options.seed)
-        train, validation = split_by_prompt(keys["prompt_key"][drawn], options.validation_share, options.seed)
+        prompts = split_keys(keys["prompt_key"][drawn], keys["spelling_key"][drawn])
+        train, validation = split_by_prompt(prompts, options.validation_share, options.seed)
         members = {"train": drawn[train], "validation": drawn[validation]}
 
         # Text becomes token ids, by the one rule that training, evaluation and REINFORCE share.
@@ -127,13 +129,16 @@ def main() -> None:
         splits["train"] = splits["train"].select(np.flatnonzero(~identical["train"]))
         members["train"] = members["train"][~identical["train"]]
         if not len(splits["train"]):
-            raise InputError(f"{named}: no training pair differs within max_length; raise --max_length")
+            remedy = REPEATS if REPEATS in tally.warned else "raise --max_length"
+            raise InputError(f"{named}: no training pair differs within max_length; {remedy}")
+        warn_of_near_duplicates(splits, tally)
 
         # What was read, what became of it, and by what the next stages know these data from others.
         sizes = {name: len(split) for name, split in splits.items()}
         metadata = {
             "source": " + ".join(source.origin for source in sources),
             "revision": {source.name: source.revision for source in sources},
+            "spellings": int((prompts != keys["prompt_key"][drawn]).sum()),
             "rows": {**tally.summary(), "not_drawn": len(pairs) - len(drawn), "kept": sum(sizes.values())},
             "splits": sizes,
             "digest": digest(keys["pair_key"][drawn], keys["swapped"][drawn]),
@@ -174,6 +179,11 @@ def summary(metadata: dict[str, Any]) -> str:
         f"{rows['dropped_total']:,} dropped, {rows['not_drawn']:,} over the limit, {rows['kept']:,} kept",
         *(f"  dropped       {count:,}: {reason}" for reason, count in rows["dropped"].items()),
         f"split           {sizes['train']:,} train / {sizes['validation']:,} validation, by unique prompt",
+        *(
+            ["spellings       {:,} pairs have another pair's prompt, spelled otherwise".format(metadata["spellings"])]
+            if metadata["spellings"]
+            else []
+        ),
         f"cut to {limit:<8} {cut['prompt']:.1%} of the prompts, a response in {cut['response']:.1%} of pairs",
         f"over the length {metadata['over_max_length_share']:.1%} of the pairs, kept all the same",
         f"identical       {sum(metadata['identical_after_cut'].values())} pairs once cut",
@@ -183,6 +193,10 @@ def summary(metadata: dict[str, Any]) -> str:
     if metadata["author_wins"]:
         known = ((name, share) for name, share in metadata["author_wins"].items() if share is not None)
         lines.append(f"authors         {', '.join(f'{share:.3f} {name}' for name, share in known)}")
+    lines += [
+        f"warning         {each['count']:,}: {words} ({', '.join(each['first'])})"
+        for words, each in rows["warnings"].items()
+    ]
     if gap:
         lines.append(f"rating gap      {gap['mean']:.2f} on average, median {gap['p50']:.1f}")
     return "\n".join(lines)

@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks import measure
 from reward_pipeline.files import InputError, json_lines, replace_file
 from reward_pipeline.models import load_tokenizer, resolve_model
-from reward_pipeline.pairs import Tally, prompt_key, split_by_prompt
+from reward_pipeline.pairs import Tally, spelling_key, split_by_prompt, split_keys
 from reward_pipeline.processed import PAIR_FEATURES, make_unique, read_pairs, write_pairs
 from reward_pipeline.processes import run_script
 from reward_pipeline.settings import Parser, filled_text, real, seed_number
@@ -83,9 +83,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         pairs = write_pairs(sources, Path(scratch) / "pairs.arrow", tally, tokenizer)
         pairs, keys = make_unique(pairs, ", ".join(options.sources), tally)
-        train, validation = split_by_prompt(keys["prompt_key"], options.validation_share, options.seed)
-        held_out = [prompt_key(prompt) for name in options.unseen for prompt in read_pairs(name)["prompt"]]
-        train = train[~np.isin(keys["prompt_key"][train], held_out)]
+        prompts = split_keys(keys["prompt_key"], keys["spelling_key"])
+        train, validation = split_by_prompt(prompts, options.validation_share, options.seed)
+        held_out = [spelling_key(prompt) for name in options.unseen for prompt in read_pairs(name)["prompt"]]
+        train = train[~np.isin(keys["spelling_key"][train], held_out)]
         if not len(train):
             raise InputError("--unseen: has the prompts of all training pairs; name other pairs")
         write_sides(pairs.select(train), options.train, pairs.select(validation), options.validation)

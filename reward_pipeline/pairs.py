@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import random
+import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
@@ -14,13 +15,21 @@ from datasets import Dataset
 from reward_pipeline.conversations import Messages, calls_as_text, first_refused, response_text, stripped_turns
 from reward_pipeline.files import InputError
 from reward_pipeline.layouts import recognised
+from reward_pipeline.near_duplicates import spelling
 from reward_pipeline.schemas import checked_pairs
 from reward_pipeline.sources import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-EXAMPLES = 3  # places kept of each reason to drop a pair
+EXAMPLES = 3  # places kept of each reason to drop a pair, and of each warning
+MUCH = 0.3  # share of the pairs, dropped for one reason, that is worth a warning
+REPEATS = "an answer repeats its prompt: only what was answered belongs there"
+MARKUP = re.compile(
+    r"<\|im_(?:start|end)\|>|<\|(?:start|end)_header_id\|>|<\|eot_id\|>|<(?:start|end)_of_turn>|\[/?INST\]"
+    r"|^#{2,3} ?(?:Instruction|Response|Human|Assistant):|^(?:Human|Assistant):",
+    re.MULTILINE,
+)
 
 
 def readable_pairs(
@@ -59,6 +68,7 @@ def pair_keys(pair: dict[str, Any]) -> dict[str, Any]:
     first, second = sorted((chosen, rejected))  # so that a pair and its contradiction have one key
     return {
         "prompt_key": text_hash(prompt),
+        "spelling_key": spelling_key(pair["prompt"]),
         "pair_key": text_hash(json.dumps([prompt, first, second])),
         "swapped": first != chosen,
     }
@@ -67,6 +77,35 @@ def pair_keys(pair: dict[str, Any]) -> dict[str, Any]:
 def prompt_key(prompt: Messages) -> int:
     """Hash that equal prompts have in common, outer white space of their turns aside."""
     return text_hash(_prompt_text(prompt))
+
+
+def spelling_key(prompt: Messages) -> int:
+    """Hash that prompts have in common which differ in spelling alone, see `near_duplicates.spelling`."""
+    return text_hash(json.dumps([(role, spelling(text), *calls) for role, text, *calls in stripped_turns(prompt)]))
+
+
+def split_keys(prompt_key: np.ndarray, spelling_key: np.ndarray) -> np.ndarray:
+    """(N,) int64 keys to split pairs by: spellings of one prompt have one, all others that of the prompt itself."""
+    _, prompt = np.unique(spelling_key, return_inverse=True)
+    least = np.full(len(prompt_key), np.iinfo(np.int64).max)
+    np.minimum.at(least, prompt, prompt_key)
+    return least[prompt]
+
+
+def suspicions(pair: dict[str, Any]) -> list[str]:
+    """What looks wrong in a pair though it can be read, in words."""
+    *_, asked = texts = [message["content"].strip() for message in pair["prompt"]]
+    answers = [response_text(pair[side]).strip() for side in ("chosen", "rejected")]
+    found = {
+        REPEATS: len(asked.split()) >= 3 and any(answer.startswith(asked) for answer in answers),
+        "a text has the markup of a chat template or a transcript in it, which is read as text": any(
+            map(MARKUP.search, texts + answers)
+        ),
+        "the system turn is empty": any(
+            message["role"] == "system" and not message["content"].strip() for message in pair["prompt"]
+        ),
+    }
+    return [words for words, holds in found.items() if holds]
 
 
 def _prompt_text(prompt: Messages) -> str:
@@ -84,6 +123,7 @@ class Tally:
     def __init__(self) -> None:
         self.rows, self.pairs = 0, 0
         self.dropped: Counter[str] = Counter()
+        self.warned: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
         self.read_as: list[str] = []
 
@@ -97,9 +137,15 @@ class Tally:
             yield row
 
     def drop(self, reason: str, location: str) -> None:
-        self.dropped[reason] += 1
-        if len(self.examples.setdefault(reason, [])) < EXAMPLES:
-            self.examples[reason].append(location)
+        self._note(self.dropped, reason, location)
+
+    def warn(self, words: str, location: str) -> None:
+        self._note(self.warned, words, location)
+
+    def _note(self, counter: Counter[str], words: str, location: str) -> None:
+        counter[words] += 1
+        if len(self.examples.setdefault(words, [])) < EXAMPLES:
+            self.examples[words].append(location)
 
     def drop_pairs(self, reason: str, pairs: Dataset, indices: np.ndarray) -> None:
         if len(indices):
@@ -113,9 +159,20 @@ class Tally:
             "pairs": self.pairs,
             "dropped_total": self.dropped.total(),
             "dropped": dict(self.dropped),
-            "first_dropped": self.examples,
+            "first_dropped": {reason: self.examples[reason] for reason in self.dropped},
+            "warnings": self.warnings(),
             "read_as": self.read_as,
         }
+
+    def warnings(self) -> dict[str, dict[str, Any]]:
+        """What looks wrong, with how many pairs or prompts it concerns and the first places."""
+        most = {
+            f"{count / self.pairs:.0%} of the pairs were dropped for one reason: {reason}": (count, reason)
+            for reason, count in self.dropped.items()
+            if count >= max(MUCH * self.pairs, 2)
+        }
+        noted = {**most, **{words: (count, words) for words, count in self.warned.items()}}
+        return {words: {"count": count, "first": self.examples[key]} for words, (count, key) in noted.items()}
 
 
 def unique_pairs(pair_key: np.ndarray, swapped: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -175,14 +232,15 @@ def draw(count: int, limit: int | None, seed: int) -> np.ndarray:
     return np.sort(np.random.default_rng(seed).choice(count, size=limit, replace=False))
 
 
-def is_validation_prompt(prompt_key: int, share: float, seed: int) -> bool:
+def is_validation_prompt(spelling_key: int, share: float, seed: int) -> bool:
     """Side of a prompt by its hash alone, for streams, of which no process ever sees all: `share` of all."""
-    return text_hash(f"{seed} {prompt_key}") % 2**32 < share * 2**32
+    return text_hash(f"{seed} {spelling_key}") % 2**32 < share * 2**32
 
 
 def half_of(pairs: Dataset, half: int | None, seed: int) -> Dataset:
     """The pairs of one half of the prompts, or all pairs; `seed` is that of the data, the same for both halves."""
     if half is None:
         return pairs
-    prompt_keys = np.array([prompt_key(pair["prompt"]) for pair in pairs.select_columns(["prompt"])])
-    return pairs.select(split_by_prompt(prompt_keys, 0.5, seed)[half - 1])
+    prompts = [pair["prompt"] for pair in pairs.select_columns(["prompt"])]
+    keys = (np.array([key(prompt) for prompt in prompts]) for key in (prompt_key, spelling_key))
+    return pairs.select(split_by_prompt(split_keys(*keys), 0.5, seed)[half - 1])

@@ -18,7 +18,7 @@ from datasets.arrow_writer import ArrowWriter
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from reward_pipeline.conversations import encode_batch, first_refused
+from reward_pipeline.conversations import encode_batch, first_refused, stripped_turns
 from reward_pipeline.files import InputError, check_files
 from reward_pipeline.form import (
     author_margins,
@@ -31,8 +31,17 @@ from reward_pipeline.form import (
 from reward_pipeline.formats import FILE_TYPES, ROWS, file_type
 from reward_pipeline.layouts import renamed
 from reward_pipeline.models import ModelSource, load_tokenizer
+from reward_pipeline.near_duplicates import near_duplicates
 from reward_pipeline.negatives import mismatched_pairs
-from reward_pipeline.pairs import Tally, is_validation_prompt, pair_keys, readable_pairs, text_hash, unique_pairs
+from reward_pipeline.pairs import (
+    Tally,
+    is_validation_prompt,
+    pair_keys,
+    readable_pairs,
+    suspicions,
+    text_hash,
+    unique_pairs,
+)
 from reward_pipeline.processes import decided_once, together
 from reward_pipeline.schemas import checked_pairs
 from reward_pipeline.sources import (
@@ -60,7 +69,9 @@ PAIR_FEATURES = Features(  # what `check_pair` returns, and where the pair stand
         "place": Value("string"),
     }
 )
-KEY_FEATURES = Features({"prompt_key": Value("int64"), "pair_key": Value("int64"), "swapped": Value("bool")})
+KEY_FEATURES = Features(
+    {**dict.fromkeys(("prompt_key", "spelling_key", "pair_key"), Value("int64")), "swapped": Value("bool")}
+)
 IDENTITY = ("digest", "split_digests", "id_digests", "validation_share", "seed", "max_length")  # keys of the metadata
 STREAM_FEATURES = Features(
     {"chosen_ids": List(Value("int64")), "rejected_ids": List(Value("int64")), "place": Value("string")}
@@ -90,6 +101,8 @@ def write_pairs(sources: list[Source], path: Path, tally: Tally, tokenizer: PreT
             tally.pairs += 1
             if pair:
                 writer.write({**pair, **pair_keys(pair), "place": row.location})
+                for words in suspicions(pair):
+                    tally.warn(words, row.location)
             else:
                 tally.drop(reason, row.location)
     if tally.dropped.total() == tally.pairs:
@@ -103,7 +116,19 @@ def _why_nothing(tally: Tally) -> str:
         return "the source is empty"
     reason, count = tally.dropped.most_common(1)[0]
     first = tally.examples[reason][0]
-    return f"{count} of {tally.pairs} pairs: {reason} (first: {first}); mend it or name another --source"
+    return f"{count} of {tally.pairs} pairs: {reason} (first: {first}); mend it or name another source"
+
+
+def warn_of_near_duplicates(splits: DatasetDict, tally: Tally) -> None:
+    """Count the validation prompts that are nearly the same as one of the training, such as with another word in it."""
+    places: dict[str, dict[str, str]] = {name: {} for name in splits}
+    for name, split in splits.items():
+        for pair in split.select_columns(["prompt", "place"]):
+            places[name].setdefault("\n".join(text for _, text, *_ in stripped_turns(pair["prompt"])), pair["place"])
+    trained, held_out = (list(places[name]) for name in ("train", "validation"))
+    for index, other in near_duplicates(held_out, trained):
+        pair_of_places = f"{places['validation'][held_out[index]]} like {places['train'][trained[other]]}"
+        tally.warn("a validation prompt is nearly the same as one of the training", pair_of_places)
 
 
 def make_unique(pairs: Dataset, name: str, tally: Tally) -> tuple[Dataset, dict[str, np.ndarray]]:
@@ -239,7 +264,7 @@ def stream_pairs(
     for row, pair, _ in readable_pairs(rows, tokenizer):
         if pair:
             keys = pair_keys(pair)
-            if is_validation_prompt(keys["prompt_key"], validation_share, seed) == validation:
+            if is_validation_prompt(keys["spelling_key"], validation_share, seed) == validation:
                 yield {**pair, **keys, "place": row.location}
 
 
@@ -498,17 +523,21 @@ def read_pairs(name: str, split: str | None = None, columns: Sequence[str] = ())
             raise InputError(f"{name}: holds prepared data, whose columns are known; leave --columns out")
         splits, _ = load_processed(name)
         return processed_pairs(splits, name, pick_split(name, list(splits), split or "validation"))
-    pairs, dropped = [], 0
-    for row, pair, _ in checked_pairs(renamed(open_source(name, split).rows, columns)):
+    pairs, tally = [], Tally()
+    for row, pair, reason in checked_pairs(renamed(open_source(name, split).rows, columns)):
+        tally.pairs += 1
         # Tool calls become text by the template of one model, and here there may be several.
-        if pair and not any("tool_calls" in message for message in pair["prompt"]):
+        if pair and any("tool_calls" in message for message in pair["prompt"]):
+            reason = "a turn calls a tool; load_helpsteer_dataset.py --model reads it by the template of one model"
+        if pair and not reason:
             pairs.append({**pair, "place": row.location})
         else:
-            dropped += 1
+            tally.drop(str(reason), row.location)
     if not pairs:
-        raise InputError(f"{name}: no usable pair in {dropped} rows; load_helpsteer_dataset.py names the reasons")
-    if dropped:
-        print(f"{name}: {dropped:,} unusable rows left out (load_helpsteer_dataset.py names the reasons)")
+        raise InputError(f"{name}: no usable pair; {_why_nothing(tally)}")
+    if tally.dropped:
+        reasons = "; ".join(f"{count:,}: {reason}" for reason, count in tally.dropped.most_common())
+        print(f"{name}: {tally.dropped.total():,} of {tally.pairs:,} pairs can not be used ({reasons})")
     return Dataset.from_list(pairs, features=PAIR_FEATURES)  # named, since a column of None alone has no type
 
 

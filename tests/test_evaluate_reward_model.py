@@ -42,7 +42,13 @@ def test_files_and_total(monkeypatch, tiny_reward_model, processed, write_jsonl,
     assert results["files"][source]["by_category"][0]["group"] == "numbers"
     assert results["files"][processed]["by_category"] == []
     printed = capsys.readouterr().out
-    for words in ("1 unusable rows", "total", "numbers", "prompts shuffled among the pairs", "scored in float32"):
+    for words in (
+        "1 of 7 pairs can not be used (1: missing column chosen",
+        "total",
+        "numbers",
+        "prompts shuffled among the pairs",
+        "scored in float32",
+    ):
         assert words in printed
     assert (output / "report.txt").read_text().strip() in printed
     assert (output / "mistakes.md").read_text().startswith("# Worst mistakes")
@@ -134,7 +140,7 @@ def test_an_evaluation_replaces_only_an_evaluation(monkeypatch, tiny_reward_mode
 
 def test_nothing_to_evaluate_is_an_error(monkeypatch, tiny_reward_model, write_jsonl, tmp_path):
     source = write_jsonl([{"prompt": "a"}])
-    with pytest.raises(SystemExit, match="no usable pair in 1 rows"):
+    with pytest.raises(SystemExit, match="no usable pair; 1 of 1 pairs: missing column chosen"):
         evaluate(monkeypatch, tmp_path / "out", "--model", tiny_reward_model, "--pairs", source)
     assert not (tmp_path / "out").exists()
 

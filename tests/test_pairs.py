@@ -115,3 +115,52 @@ def test_the_halves_share_no_prompt_and_are_all_pairs():
     sides = [{prompts[row] for (row,) in half} for half in halves]
     assert not sides[0] & sides[1] and len(sides[0]) == len(sides[1]) == 5
     assert pairs.half_of(split, None, 42)["chosen_ids"][:] == split["chosen_ids"][:]
+
+
+@pytest.mark.parametrize("other", ["name a colour", "NAME  A\nCOLOUR!", "«Name a colour»…", "Name a ｃolour."])
+def test_spellings_of_a_prompt_are_split_together_and_stay_pairs_of_their_own(other):
+    one, two, third = (
+        pairs.pair_keys(check_pair({**PAIR, "prompt": each})) for each in (PAIR["prompt"], other, "Red?")
+    )
+    assert one["spelling_key"] == two["spelling_key"] != third["spelling_key"]
+    assert one["prompt_key"] != two["prompt_key"] and one["pair_key"] != two["pair_key"]
+    columns = (np.array([key[name] for key in (one, two, third)]) for name in ("prompt_key", "spelling_key"))
+    keys = pairs.split_keys(*columns)
+    assert keys[0] == keys[1] == min(one["prompt_key"], two["prompt_key"]) and keys[2] == third["prompt_key"]
+
+
+def test_a_prompt_of_signs_alone_keeps_them():
+    signs = [pairs.spelling_key([{"role": "user", "content": text}]) for text in ("???", "!!!", "2 + 2", "2 - 2")]
+    assert len(set(signs)) == 4
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"chosen": "Name a colour. Red."}, [pairs.REPEATS]),
+        ({"rejected": "<|im_start|>user\nSeven."}, ["markup"]),
+        ({"prompt": "Read this:\n### Instruction: obey"}, ["markup"]),
+        ({"prompt": [{"role": "system", "content": " "}, {"role": "user", "content": "Hi"}]}, ["system turn is empty"]),
+        ({"prompt": "Hi", "chosen": "Hi there", "rejected": "Human: what? is a play"}, ["markup"]),
+        ({"prompt": "Hi", "chosen": "Hi there", "rejected": "It is human: see above"}, []),
+        ({}, []),
+    ],
+)
+def test_what_looks_wrong_is_said(change, words):
+    found = pairs.suspicions(check_pair({**PAIR, **change}))
+    assert len(found) == len(words) and all(part in whole for part, whole in zip(words, found, strict=True))
+
+
+def test_warnings_count_and_name_three_places():
+    tally = pairs.Tally()
+    tally.pairs = 10
+    for number in range(5):
+        tally.warn("odd", f"row {number}")
+    for number in range(3):
+        tally.drop("null", f"row {number + 5}")
+    tally.drop("tie", "row 9")
+    assert tally.warnings() == {
+        "30% of the pairs were dropped for one reason: null": {"count": 3, "first": ["row 5", "row 6", "row 7"]},
+        "odd": {"count": 5, "first": ["row 0", "row 1", "row 2"]},
+    }
+    assert set(tally.summary()["first_dropped"]) == {"null", "tie"}

@@ -122,7 +122,7 @@ def test_pairs_are_the_same_from_the_directory_and_from_the_source(directory, wr
     rows = [{**pair, "category": "numbers", "chosen_rating": 3, "rejected_rating": 1} for pair in make_pairs(4)]
     source = write_jsonl([*rows, {"prompt": "no answers"}])
     from_source, held_out = processed.read_pairs(source), processed.read_pairs(str(directory))
-    assert "1 unusable rows left out" in capsys.readouterr().out
+    assert "can not be used (1: " in capsys.readouterr().out
     assert from_source.features == held_out.features == processed.PAIR_FEATURES
     assert held_out["place"] == [f"{directory}, validation row {number}" for number in (1, 2)]
     assert from_source["place"][3] == f"{source} row 4"
@@ -137,7 +137,7 @@ def test_pairs_are_the_same_from_the_directory_and_from_the_source(directory, wr
 def test_pairs_without_ratings_have_typed_columns(write_jsonl):
     pairs = processed.read_pairs(write_jsonl(make_pairs(2)))
     assert pairs.features == processed.PAIR_FEATURES and pairs["chosen_rating"][:] == [None, None]
-    with pytest.raises(InputError, match="no usable pair in 1 rows"):
+    with pytest.raises(InputError, match="no usable pair; 1 of 1 pairs: missing column chosen"):
         processed.read_pairs(write_jsonl([{"prompt": "no answers"}]))
 
 
@@ -145,7 +145,7 @@ def test_pairs_with_tool_calls_are_left_out_where_no_template_is_known(write_jso
     call = {"role": "assistant", "tool_calls": [{"name": "look", "arguments": {}}]}
     called = [{"role": "user", "content": "Hi"}, call, {"role": "tool", "content": "4"}]
     pairs = processed.read_pairs(write_jsonl([*make_pairs(2), {**make_pairs(1)[0], "prompt": called}]))
-    assert len(pairs) == 2 and "1 unusable rows left out" in capsys.readouterr().out
+    assert len(pairs) == 2 and "can not be used (1: " in capsys.readouterr().out
 
 
 def test_columns_named_by_the_user_are_read(directory, write_jsonl, tiny_model):
@@ -296,7 +296,7 @@ def test_a_changed_source_or_share_is_another_stream(write_jsonl, tiny_model):
 
 
 def test_streams_without_usable_pairs_are_named(write_jsonl, tiny_model):
-    keys = [pair_keys(check_pair(pair))["prompt_key"] for pair in make_pairs(50)]
+    keys = [pair_keys(check_pair(pair))["spelling_key"] for pair in make_pairs(50)]
     held_out = [pair for pair, key in zip(make_pairs(50), keys, strict=True) if is_validation_prompt(key, 0.2, 42)]
     for side, rows in {"validation": [{"prompt": "no answers"}], "training": held_out}.items():
         with pytest.raises(InputError, match=f"no usable {side} pair"):
