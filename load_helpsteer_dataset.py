@@ -61,6 +61,7 @@ def main() -> None:
     import numpy as np
     from datasets import DatasetDict
 
+    from reward_pipeline.cards import dataset_card
     from reward_pipeline.layouts import renamed
     from reward_pipeline.models import find_model, load_tokenizer
     from reward_pipeline.pairs import REPEATS, Tally, draw, split_by_prompt, split_keys
@@ -159,6 +160,7 @@ def main() -> None:
         plot_lengths(whole_lengths(splits), options.max_length, directory / "length_histogram.png")
         splits.remove_columns(COUNT_COLUMNS).save_to_disk(directory)
         write_text(directory / "metadata.json", json.dumps(metadata, indent=2, ensure_ascii=False) + "\n")
+        write_text(directory / "README.md", dataset_card(metadata))
         del pairs, splits  # they are views of the files in `work`, which Windows does not delete while they are open
         shutil.rmtree(work)
         write_checksums(directory)

@@ -302,7 +302,7 @@ def main() -> None:
                 samples = policy_metrics.sample_rows(unseen, before, after, judged, second)
                 with models.quiet_transformers():
                     policy.save_pretrained(staging)
-                    tokenizer.save_pretrained(staging)
+                    models.save_tokenizer(tokenizer, staging, policy)
                 policy_metrics.write_policy_results(staging, before, after, judged, results, samples, settings, log)
                 runs.publish(staging, output)
                 final = {f"final/{name}": value for name, value in results.items() if isinstance(value, int | float)}

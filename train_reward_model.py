@@ -59,6 +59,7 @@ DROPOUT = 0.0  # wherever the architecture has one: in SmolLM2 that is attention
 # loss
 FORM_TERM = True  # the form model's margin is added to the reward's, which so learns what form leaves over
 CENTER_REWARDS_COEFFICIENT = 0.01  # weight of (r_chosen + r_rejected)^2, arXiv 2312.09244
+KEEP_ADAPTER = False  # True: with --use_peft the adapter is kept too, in adapter/
 # rhythm, in updates; scaled down when a run has fewer of them
 LOGGING_STEPS = 50
 EVAL_STEPS = 100
@@ -116,22 +117,13 @@ UNSUPPORTED = {
     **dict.fromkeys(("do_train", "do_eval", "do_predict"), "a run trains, then evaluates"),
     "parallelism_config": "accelerate launch sets it up",
     "save_only_model": "a stopped run could not go on to the same weights",
+    **dict.fromkeys(("hub_strategy", "hub_always_push"), "--push_to_hub uploads the finished directory, once"),
 }
 
 # Settings that do not change the result: a checkpoint may be continued under others.
 IGNORED_ON_RESUME = {
-    *(
-        "config",
-        "fresh",
-        "data",
-        "model",
-        "base_model",  # the weights of the model and the pairs are compared
-        "output_dir",
-        "resume_from_checkpoint",
-        "disable_tqdm",
-        "report_to",
-        "run_name",
-    ),
+    *("model", "base_model", "data", "output_dir"),  # the weights and the pairs are compared, wherever they lie
+    *("config", "fresh", "resume_from_checkpoint", "disable_tqdm", "report_to", "run_name"),
     *("project", "log_level", "log_level_replica", "log_on_each_node", "logging_dir", "logging_first_step"),
     *("logging_steps", "logging_strategy", "include_num_input_tokens_seen", "save_total_limit", "push_to_hub"),
     *("trackio_space_id", "trackio_bucket_id", "trackio_static_space_id"),
@@ -155,6 +147,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.flag("max_eval_samples", MAX_EVAL_SAMPLES, whole(1), "pairs per evaluation during the training")
     parser.flag("mismatched_share", MISMATCHED_SHARE, real(least=0, most=1), "of the pairs, more with another's answer")
     parser.flag("form_term", None, boolean, f"let the reward learn what form leaves over (default: {FORM_TERM})")
+    parser.flag("keep_adapter", KEEP_ADAPTER, boolean, "with --use_peft: keep it beside the merged model, in adapter/")
     parser.flag("dropout", DROPOUT, real(least=0, below=1), "wherever the model has it; SmolLM2: in attention")
     parser.flag("fresh", False, boolean, "start over instead of resuming")
     parser.constant("stream_max_length", STREAM_MAX_LENGTH, whole(MIN_MAX_LENGTH))
@@ -201,7 +194,17 @@ def main() -> None:
     from datasets import concatenate_datasets
     from trl import ModelConfig, RewardConfig, get_peft_config
 
-    from reward_pipeline import devices, models, pair_metrics, pairs, prefix_sharing, processed, reward_training, runs
+    from reward_pipeline import (
+        devices,
+        hub,
+        models,
+        pair_metrics,
+        pairs,
+        prefix_sharing,
+        processed,
+        reward_training,
+        runs,
+    )
     from reward_pipeline.evaluator import RewardModelEvaluator
     from reward_pipeline.files import InputError
     from reward_pipeline.processes import is_first_process, stop_requests, together
@@ -226,10 +229,22 @@ def main() -> None:
         raise InputError("--torch_compile: not supported on a CPU, where prompts are shared instead")
     output, checkpoints = Path(config.output_dir), Path(config.output_dir) / "checkpoints"
     config.output_dir = str(checkpoints)
+    pushed, config.push_to_hub = config.push_to_hub, False  # the trainer would upload checkpoints, and no figures
     # The pairs of an update are those of all processes together, so that their number does not change the result.
     reward_training.share_update(config, PER_DEVICE_TRAIN_BATCH_SIZE, GRADIENT_ACCUMULATION_STEPS)
 
+    def push() -> None:
+        """Upload the finished directory, where that is asked for."""
+        if pushed:
+            name = config.hub_model_id or output.resolve().name
+            wanted = config.hub_token, config.hub_private_repo, config.hub_revision
+            address = together(lambda: hub.push_directory(output, name, *wanted), first_alone=True)
+            if is_first_process():
+                print(f"uploaded to {address}")
+
     # --- data and base model: everything needed is found before anything is made
+    if pushed:
+        together(lambda: hub.check_login(config.hub_token), first_alone=True)
     runs.claim_output(output, [options.model], rewards=True)
     prepared = None if options.streaming else processed.load_processed(options.data)
     base = models.resolve_model(options.model)
@@ -292,6 +307,7 @@ def main() -> None:
         ):
             if is_first_process():
                 print(f"{output}/ holds the result of this run; --fresh trains anew.")
+            push()
             return
         with reward_training.refused_settings(ValueError, ImportError):
             trainer = reward_training.PairTrainer(
@@ -347,6 +363,7 @@ def main() -> None:
                 reward_training.write_reward_model(staging, columns, metrics, settings, metadata, log)
                 runs.publish(staging, output)
                 print(report(metrics, output))
+        push()
 
 
 def plan(

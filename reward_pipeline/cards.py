@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pandas
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
 
 from reward_pipeline.files import replace_file, write_text
 from reward_pipeline.models import PACKAGE, PACKAGED_MODEL
@@ -103,6 +103,51 @@ def front_matter(base_model: str, source: str, **fields: Any) -> str:
         **fields,
     )
     return f"---\n{data.to_yaml()}\n---\n"
+
+
+def dataset_card(metadata: dict[str, Any]) -> str:
+    """README.md of prepared data: where the pairs come from, what became of them, and what the columns are.
+
+    Args:
+        metadata: of the processed data.
+    """
+    rows, sizes, origins = metadata["rows"], metadata["splits"], hub_ids(metadata["source"])
+    data = DatasetCardData(
+        source_datasets=origins or None,
+        task_categories=["text-classification"],
+        tags=["preference", "reward-modeling", "trl"],
+        configs=[
+            {
+                "config_name": "default",
+                "data_files": [{"split": name, "path": f"{name}/*.arrow"} for name in sizes],
+            }
+        ],
+    )
+    return f"""---
+{data.to_yaml()}
+---
+# Preference pairs
+
+{sizes["train"]:,} training and {sizes["validation"]:,} validation pairs, split by prompt with seed {metadata["seed"]},
+from {metadata["source"]}.
+Of {rows["pairs"]:,} pairs read {rows["dropped_total"]:,} were dropped; `metadata.json` says why and where.
+The licence is that of the source.
+
+`prompt`, `chosen` and `rejected` are message lists (TRL's conversational preference format), `chosen_rating` and
+`rejected_rating` numbers or nothing, `category`, `chosen_author` and `rejected_author` texts, empty where unknown.
+`chosen_ids` and `rejected_ids` are at most {metadata["max_length"]} token ids of {metadata["tokenizer"]}.
+
+| | train | validation |
+|---|---|---|
+| longer answer wins | {number(metadata["longer_wins"]["train"])} | {number(metadata["longer_wins"]["validation"])} |
+| form model | {number(metadata["form_wins"]["train"])} | {number(metadata["form_wins"]["validation"])} |
+
+```python
+from datasets import load_from_disk
+
+pairs = load_from_disk("path of this directory")
+```
+"""
 
 
 def reward_model_card(

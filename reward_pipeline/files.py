@@ -134,6 +134,14 @@ def replace_file(path: str | Path) -> Iterator[TextIO]:
             temporary.unlink()
 
 
+def allow_as_usual(directory: Path) -> None:
+    """Give all files the permissions that new ones get: `safetensors` keeps what it writes to its owner."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in directory.rglob("*"):
+        path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
 def write_text(path: str | Path, text: str) -> None:
     """Write a whole file or nothing; see `replace_file`."""
     with replace_file(path) as file:

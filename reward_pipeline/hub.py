@@ -7,10 +7,12 @@ import os
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TypeVar
 
 import huggingface_hub
 import huggingface_hub.constants
+from huggingface_hub import HfApi
 from huggingface_hub.errors import (
     DisabledRepoError,
     GatedRepoError,
@@ -21,13 +23,15 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
 )
 
-from reward_pipeline.files import disk_failure, first_line
+from reward_pipeline.files import InputError, disk_failure, first_line
 
 CONNECT_TIMEOUT = 5  # seconds until an address that nothing answers at counts as out of reach
 ANSWER_TIMEOUT = 30  # seconds for the first answer of what does
 PAUSES = (1, 2, 4, 8)  # seconds before another try, unless the hub says how long
 LONGEST_PAUSE = 60  # seconds, whatever it says
 PASSING = (429, 500, 502, 503, 504)  # HTTP status codes of what passes: too many requests, a server that is down
+# What a directory of results has and nobody else needs. A pickle among it could hold a token.
+KEPT_HERE = ["checkpoints/**", "checkpoints.old/**", "runs/**", ".*", ".*/**", "*.bin", "*.pt", "*.pth", "*.pkl"]
 HTTP_ERROR = HfHubHTTPError.__bases__[0]  # of the library that `huggingface_hub` asks by, for a broken connection too
 LOG_IN = "log in by `hf auth login`, or set HF_TOKEN"
 
@@ -88,6 +92,55 @@ def from_cache_alone() -> Iterator[None]:
     finally:
         for module, value in zip(modules, before, strict=True):
             module.HF_HUB_OFFLINE = value
+
+
+def check_login(token: str | None) -> None:
+    """Make sure that somebody is logged in at the hub, before hours of work are to be uploaded there.
+
+    Raises:
+        InputError: nobody is, or the hub can not be reached.
+    """
+    if not hub_reachable():
+        raise InputError("--push_to_hub: the hub can not be reached; leave the flag out, and repeat the command later")
+    try:
+        patiently(lambda: HfApi(token=token).whoami())
+    except Exception as error:  # `LocalTokenNotFoundError`, a refusal, a broken connection
+        raise InputError(
+            f"--push_to_hub: the hub knows nobody by this token ({first_line(error)}); {LOG_IN}"
+        ) from error
+
+
+def push_directory(
+    directory: Path, name: str, token: str | None = None, private: bool | None = None, revision: str | None = None
+) -> str:
+    """Upload a finished directory to a model repository, which is made where there is none.
+
+    Args:
+        name: of the repository, with its owner or without: the owner is then who the token belongs to.
+        private: whether a new repository is; None leaves it to the hub.
+        revision: branch; None is the main one.
+
+    Returns:
+        Its address.
+
+    Raises:
+        InputError: it was not uploaded; the directory is what it was.
+    """
+    api = HfApi(token=token)
+    try:
+        repository = patiently(lambda: api.create_repo(name, private=private, exist_ok=True))
+        if revision:
+            patiently(lambda: api.create_branch(repository.repo_id, branch=revision, exist_ok=True))
+        patiently(
+            lambda: api.upload_folder(
+                repo_id=repository.repo_id, folder_path=directory, revision=revision, ignore_patterns=KEPT_HERE
+            )
+        )
+    except Exception as error:
+        raise InputError(
+            f"{hub_reason(name, error)}. {directory}/ is complete; the same command uploads it, and trains nothing"
+        ) from error
+    return str(repository)
 
 
 def status_of(error: BaseException) -> int | None:

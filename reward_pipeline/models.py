@@ -44,6 +44,7 @@ from reward_pipeline.files import (
     first_line,
     replace_directory,
     write_checksums,
+    write_text,
 )
 from reward_pipeline.hub import hub_reachable, hub_reason, passing, patiently
 from reward_pipeline.processes import decided_once, is_first_process
@@ -197,6 +198,22 @@ def load_tokenizer(path: str) -> TokenizersBackend:
     tokenizer.chat_template = plain_template(tokenizer.chat_template)
     tokenizer.pad_token = padding_token(tokenizer, mark_control_tokens(tokenizer))
     return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path, model: PreTrainedModel) -> None:
+    """Save a tokenizer in the words that `transformers` from 4.46 on and what is built on it read.
+
+    Version 5 names a class that version 4 does not have, writes options of the loading that they take for their own,
+    and keeps the chat template in a file of its own; the steps are in `tokenizer.json`, whatever the class.
+    """
+    tokenizer.save_pretrained(directory)
+    path = directory / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    for name in ("backend", "is_local", "local_files_only"):
+        config.pop(name, None)
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": tokenizer.chat_template}
+    config["model_max_length"] = min(tokenizer.model_max_length, positions(model))
+    write_text(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 
 
 def _saved_tokenizer(path: str) -> TokenizersBackend:

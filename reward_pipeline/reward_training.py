@@ -4,6 +4,7 @@ import contextlib
 import json
 import math
 import pickle
+import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -37,7 +38,7 @@ from reward_pipeline.files import (
     write_text,
 )
 from reward_pipeline.form import form_differences, form_margins
-from reward_pipeline.models import load_reward_model, round_weights
+from reward_pipeline.models import load_reward_model, round_weights, save_tokenizer
 from reward_pipeline.pair_metrics import Columns
 from reward_pipeline.plots import plot_curves
 from reward_pipeline.processes import together
@@ -45,6 +46,7 @@ from reward_pipeline.runs import CHECKPOINT_REMEDY
 from reward_pipeline.statistics import wins
 
 OWN_SETTINGS = ("reward_max_length", "reward_format", "form_model", "form_term", "author_strengths")  # in the config
+ADAPTER = "adapter"  # directory of it, in that of the model
 MIN_WARMUP_UPDATES = 20  # shorter runs start at the full learning rate
 READ_AT_ONCE = 10_000  # pairs whose tokens are counted
 WARM_UPDATES = 3  # the first ones are slower, on a GPU several times; the speed is told by as many after them
@@ -411,6 +413,7 @@ def save_trained(trainer: PairTrainer, base: str, directory: Path) -> None:
     if trainer.is_world_process_zero():
         if lora:
             save_merged(trainer, base, directory)
+        save_tokenizer(trainer.processing_class, directory, trainer.model)
         (directory / "training_args.bin").unlink(missing_ok=True)  # a pickle, and all in settings.json anyway
     trainer.accelerator.wait_for_everyone()
 
@@ -418,14 +421,17 @@ def save_trained(trainer: PairTrainer, base: str, directory: Path) -> None:
 def save_merged(trainer: PairTrainer, base: str, directory: Path) -> None:
     """Turn the adapter that was saved in `directory` into a whole model: base weights plus LoRA, and the trained head.
 
+    The adapter itself goes to `ADAPTER` in it.
+
     From a freshly loaded base model, so that it also works where the trained one is spread over several processes.
     """
     fresh = load_reward_model(base, trainer.processing_class.pad_token_id, trainer.args.seed)
     fresh.config.update({name: getattr(trainer.model.config, name) for name in OWN_SETTINGS})
     merged = PeftModel.from_pretrained(fresh, directory).merge_and_unload()
     round_weights(merged, computing_type(trainer.args))
+    (directory / ADAPTER).mkdir()
     for adapter in directory.glob("adapter_*"):
-        adapter.unlink()
+        adapter.rename(directory / ADAPTER / adapter.name)
     merged.save_pretrained(directory)
 
 
@@ -440,6 +446,26 @@ def tell_trackers(trainer: PairTrainer, metrics: dict[str, Any]) -> None:
     """Let TensorBoard, wandb and their like know the final figures too, as `final/accuracy`."""
     figures = {f"final/{name}": value for name, value in metrics.items() if isinstance(value, int | float)}
     trainer.callback_handler.on_log(trainer.args, trainer.state, trainer.control, figures)
+
+
+def finish_adapter(directory: Path, settings: dict[str, Any]) -> None:
+    """Complete the adapter of a LoRA training, if it is to be kept: `--keep_adapter`.
+
+    It gets the base model's name in place of a path of this machine, and what the evaluator takes from a config.
+    """
+    adapter = directory / ADAPTER
+    if not settings["keep_adapter"]:
+        shutil.rmtree(adapter, ignore_errors=True)
+    if not adapter.is_dir():
+        return
+    path = adapter / "adapter_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | {"base_model_name_or_path": settings["model"]}
+    write_text(path, json.dumps(config, indent=2) + "\n")
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        if (directory / name).is_file():
+            shutil.copy(directory / name, adapter)
+    for name in ("README.md", "training_args.bin"):  # of PEFT, without a word on this training
+        (adapter / name).unlink(missing_ok=True)
 
 
 def run_figures(trainer: PairTrainer, watch: Watch) -> dict[str, Any]:
@@ -482,10 +508,12 @@ def write_reward_model(
     baselines = {"longer wins": metrics["longer_wins"], "form model": metrics["form_wins"]}
     plot_curves(log, baselines, directory / "plots" / "training_curves.png")
     config = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    for prefix, figures in (("reward", metrics), ("reward_with_form", metrics["with_form"])):  # for `normalize=True`
-        config |= {f"{prefix}_{name}": figures[f"reward_{name}"] for name in ("mean", "std") if figures}
+    # For `normalize=True`; without a prefix for the `normalize_reward` of OpenRLHF.
+    for prefix, figures in (("reward_", metrics), ("reward_with_form_", metrics["with_form"]), ("", metrics)):
+        config |= {f"{prefix}{name}": figures[f"reward_{name}"] for name in ("mean", "std") if figures}
     contents = {"config": config, "metrics": rounded(metrics), "settings": settings, "training_log": log}
     for name, content in contents.items():
         write_text(directory / f"{name}.json", json.dumps(content, indent=2, default=str) + "\n")
+    finish_adapter(directory, settings)
     write_text(directory / "README.md", reward_model_card(metrics, settings, metadata, ["training_curves.png", *plots]))
     write_checksums(directory)

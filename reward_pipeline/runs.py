@@ -14,6 +14,7 @@ from accelerate import PartialState
 
 from reward_pipeline.files import (
     InputError,
+    allow_as_usual,
     check_files,
     first_line,
     json_lines,
@@ -268,6 +269,7 @@ def staging_directory(output: Path) -> Iterator[Path]:
 
 def publish(staging: Path, output: Path) -> None:
     """Move finished files into place; `config.json` goes first and comes last, since nothing reads a model without."""
+    allow_as_usual(staging)
     for stale in ("config.json", "demonstration.json"):
         (output / stale).unlink(missing_ok=True)
     for item in sorted(staging.iterdir(), key=lambda item: item.name == "config.json"):

@@ -107,6 +107,8 @@ class Handler(BaseHTTPRequestHandler):
                                X_Error_Message="Invalid credentials in Authorization header")  # fmt: skip
         if path == "/api/whoami-v2":
             return self.answer(200, {"name": "tester", "type": "user", "orgs": []}) if token else self.refuse(401, "No")
+        if path == "/api/validate-yaml":
+            return self.answer(200, {"errors": [], "warnings": []})
         if path == "/api/repos/create":
             wanted = json.loads(body)
             name = f"{wanted.get('organization') or 'tester'}/{wanted['name']}"

@@ -3,7 +3,7 @@ import math
 
 import numpy as np
 import pytest
-from huggingface_hub import ModelCard, metadata_load
+from huggingface_hub import DatasetCard, ModelCard, metadata_load
 from test_pair_metrics import scored
 
 from reward_pipeline import cards
@@ -185,3 +185,16 @@ def test_samples_are_spread_over_the_gain_and_shown_literally():
     lines = cards.samples_table(rows[::-1]).splitlines()[2:]
     assert lines[0] == r"| q0 | a\|b | &lt;i> c | +0.00 → +0.00 |"
     assert len(lines) == cards.SHOWN_SAMPLES and lines[-1].endswith("+0.00 → +29.00 |")
+
+
+def test_the_card_of_prepared_data_can_be_read():
+    metadata = {
+        "rows": {"pairs": 10, "dropped_total": 2}, "splits": {"train": 6, "validation": 2}, "seed": 1, "max_length": 64,
+        "source": "hub owner/pairs, train, revision abc + local file x.csv", "tokenizer": "tiny",
+        "longer_wins": {"train": 0.5, "validation": 0.25}, "form_wins": {"train": 0.6, "validation": 0.5},
+    }  # fmt: skip
+    card = DatasetCard(cards.dataset_card(metadata))
+    assert card.data.to_dict()["source_datasets"] == ["owner/pairs"]
+    files = card.data.to_dict()["configs"][0]["data_files"]
+    assert files == [{"split": name, "path": f"{name}/*.arrow"} for name in ("train", "validation")]
+    assert "6 training and 2 validation pairs" in card.text and "| form model | 0.600 | 0.500 |" in card.text

@@ -163,6 +163,40 @@ def test_what_is_recorded_is_what_was_loaded(server, capsys):
     assert f"using revision {old.revision} from the cache" in capsys.readouterr().out
 
 
+@pytest.fixture
+def finished(tmp_path):
+    """A directory as a training leaves it."""
+    output = tmp_path / "my_model"
+    for name in ("README.md", "plots/a.png", "checkpoints/c/optimizer.pt", "runs/r/log", ".lock", "training_args.bin"):
+        (output / name).parent.mkdir(parents=True, exist_ok=True)
+        (output / name).write_text("content")
+    return output
+
+
+def test_a_finished_directory_is_pushed_whole_and_alone(server, finished):
+    address = hub_room.push_directory(finished, "my_model", GOOD_TOKEN)
+    assert address == f"{server.url}/tester/my_model"
+    pushed = server.root / "models" / "tester" / "my_model"
+    files = {str(path.relative_to(pushed)) for path in pushed.rglob("*") if path.is_file()}
+    assert files - {".gitattributes"} == {"README.md", "plots/a.png"}
+    hub_room.check_login(GOOD_TOKEN)
+
+
+def test_a_push_that_fails_keeps_what_there_is_and_says_so(server, finished):
+    before = {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()}
+    server.rules += [["/commit/", 503, 99]]
+    with pytest.raises(InputError, match=r"the hub answers 503 .* is complete; the same command uploads it"):
+        hub_room.push_directory(finished, "tester/my_model", GOOD_TOKEN)
+    assert {path: path.read_bytes() for path in finished.rglob("*") if path.is_file()} == before
+    server.rules.clear()
+    with pytest.raises(InputError, match=r"the hub refuses the token \(401\)"):
+        hub_room.push_directory(finished, "tester/my_model", "hf_expired")
+    for token in ("hf_expired", False):
+        with pytest.raises(InputError, match=r"--push_to_hub: the hub knows nobody by this token .*hf auth login"):
+            hub_room.check_login(token)
+    hub_room.push_directory(finished, "tester/my_model", GOOD_TOKEN)
+
+
 def test_a_stream_stays_at_its_revision_and_is_patient(server):
     first = open_source(PAIRS, "train", streaming=True)
     assert len(list(first.rows)) == 5

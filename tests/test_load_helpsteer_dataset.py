@@ -123,7 +123,7 @@ def test_what_is_written(run, small_tokenizer):
         assert row["length"] == max(len(row["chosen_ids"]), len(row["rejected_ids"]))
         assert row["category"] == ("numbers" if row["prompt"][0]["content"].startswith("Write the number") else "")
     assert {path.name for path in run["directory"].iterdir()} == {
-        "checksums.json", "train", "validation", "dataset_dict.json", "metadata.json", "length_histogram.png",
+        "README.md", "checksums.json", "train", "validation", "dataset_dict.json", "metadata.json", "length_histogram.png",
     }  # fmt: skip
     read, known = processed.load_processed(str(run["directory"]))
     assert known == metadata and read["train"][:] == splits["train"][:]

@@ -574,3 +574,33 @@ def test_code_of_a_tokenizer_is_never_run(tiny_reward_model, tokenizer, tmp_path
     with pytest.raises(InputError, match="model: can not be loaded") as refused:
         models.load_tokenizer(str(model))
     assert "\n" not in str(refused.value) and not trap.exists()
+
+
+# --- what is saved for others -----------------------------------------------------------------------------------------
+
+
+def test_a_saved_tokenizer_is_what_older_versions_read_and_gives_the_same_ids(smollm, tmp_path):
+    tokenizer, model = models.load_tokenizer(smollm), models.load_reward_model(smollm, 0, seed=0)
+    models.save_tokenizer(tokenizer, tmp_path, model)
+    config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast" and config["model_max_length"] == 8192
+    assert config["chat_template"] == tokenizer.chat_template
+    assert not {"local_files_only", "is_local", "backend"} & config.keys()
+    for again in (models.AutoTokenizer.from_pretrained(tmp_path), models.load_tokenizer(str(tmp_path))):
+        assert again.chat_template == tokenizer.chat_template and again.pad_token == tokenizer.pad_token
+        for text in ("Steps:\n\n1. First", "In 2026: 3.14 and 007", "Столица Франции"):
+            assert again(text)["input_ids"] == tokenizer(text)["input_ids"]
+    assert models.AutoTokenizer.from_pretrained(tmp_path)("Steps:\n\n1. First")["input_ids"] == [
+        21831, 42, 1116, 33, 30, 3508,
+    ]  # fmt: skip
+
+
+def test_a_model_is_known_by_its_files_and_not_by_its_place(tiny_model, tmp_path):
+    copy = shutil.copytree(tiny_model, tmp_path / "copy")
+    (copy / "README.md").write_text("edited")
+    (copy / "metrics.json").write_text("{}")
+    assert models.weights_digest(tiny_model) == models.weights_digest(str(copy))
+    for name, text in (("config.json", "{}"), ("tokenizer.json", "{}"), ("model.safetensors", "x")):
+        (copy / name).write_text(text)
+        assert models.weights_digest(tiny_model) != models.weights_digest(str(copy)), name
+        shutil.copy(Path(tiny_model) / name, copy)

@@ -325,7 +325,7 @@ def test_any_row_is_a_pair_or_has_a_reason(rows):
                 assert [message["role"] for message in pair[side]] == ["assistant"]
             assert isinstance(pair["category"], str)
             assert bool(pair["chosen_author"]) == bool(pair["rejected_author"])
-            assert pair_keys(pair).keys() == {"prompt_key", "pair_key", "swapped"}
+            assert pair_keys(pair).keys() == {"prompt_key", "spelling_key", "pair_key", "swapped"}
             json.dumps(pair, ensure_ascii=False).encode()  # no lone surrogates
 
 

@@ -37,7 +37,7 @@ from transformers import (
 )
 from trl import RewardConfig
 
-from reward_pipeline import cards, devices, pair_metrics, reward_training, runs
+from reward_pipeline import cards, devices, hub, pair_metrics, reward_training, runs
 from reward_pipeline import pairs as pairs_room
 from reward_pipeline.conversations import encode, response_text
 from reward_pipeline.evaluator import RewardModelEvaluator
@@ -634,6 +634,29 @@ def test_a_finished_run_is_replaced_only_when_asked_and_by_a_finished_one(train,
     assert not (output / runs.REPLACED).exists()
 
 
+def test_a_finished_run_is_pushed_and_pushed_again_alone(train, monkeypatch, tmp_path, capsys):
+    logins, pushes, failing = Mock(), Mock(return_value="http://hub/tester/reward"), [InputError("503. is complete")]
+    monkeypatch.setattr(hub, "check_login", logins)
+
+    def push(*arguments):
+        if failing:
+            assert (Path(arguments[0]) / "config.json").is_file()
+            raise failing.pop()
+        return pushes(*arguments)
+
+    monkeypatch.setattr(hub, "push_directory", push)
+    arguments = (*SMALL, "--push_to_hub", "--hub_token", "hf_secret", "--hub_private_repo", "true")
+    with pytest.raises(SystemExit, match=r"503\. is complete"):
+        train(*arguments)
+    monkeypatch.setattr(reward_training.PairTrainer, "training_step", None)
+    output = train(*arguments)
+    assert "holds the result of this run" in (printed := capsys.readouterr().out) and "uploaded to http" in printed
+    pushes.assert_called_once_with(output, "reward", "hf_secret", True, None)
+    assert logins.call_count == 2
+    written = [path for path in output.rglob("*") if path.is_file() and b"hf_secret" in path.read_bytes()]
+    assert not written and not list(output.rglob("training_args.bin"))
+
+
 def test_the_command_of_a_finished_run_does_nothing(train, capsys, processed, tiny_model, tmp_path):
     output = train(*SMALL)
     before = contents(output)
@@ -856,12 +879,18 @@ def test_a_lora_model_is_merged_and_scores_as_before_saving(train, processed, mo
     metadata = Path(processed) / "metadata.json"
     prepared = json.loads(metadata.read_text()) | {"author_strengths": {"large": 0.5, "small": -0.5}}
     metadata.write_text(json.dumps(prepared))
-    output = train("--use_peft", "--learning_rate", "1e-2", "--lora_r", "4", "--num_train_epochs", "4")
-    assert not list(output.glob("adapter*"))
+    lora = ("--use_peft", "--learning_rate", "1e-2", "--lora_r", "4", "--num_train_epochs", "4")
+    output = train(*lora, "--keep_adapter", "true")
+    assert {path.name for path in output.glob("adapter*")} == {"adapter"}
+    assert not list((output / "adapter").glob("*.bin"))
+    kept = RewardModelEvaluator(output / "adapter", device="cpu")
     evaluator = RewardModelEvaluator(str(output), device="cpu")
     for row in load_from_disk(processed)["validation"]:
         score = evaluator.get_reward_score(row["prompt"], row["chosen"])
         assert score == pytest.approx(before[response_text(row["chosen"])], abs=1e-4)
+        assert kept.get_reward_score(row["prompt"], row["chosen"]) == pytest.approx(
+            score, abs=2e-2
+        )  # not rounded to bf16
     assert len({round(score, 3) for score in before.values()}) > 1
     assert evaluator.max_length == 64
     config = json.loads((output / "config.json").read_text())
