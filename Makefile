@@ -6,8 +6,10 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 RUN := .venv/.can-run
 TEST := .venv/.can-test
+INTEROP_IN := PYTHON=$(BIN)/python benchmarks/interop.sh
+VLLM ?=
 
-.PHONY: help run data model train demo align test soak audit clean environment
+.PHONY: help run data model train demo align test soak audit interop clean environment
 .NOTPARALLEL:
 
 help: ## this list
@@ -45,8 +47,17 @@ soak: $(TEST) ## the tests that take minutes each
 audit: $(TEST) ## known vulnerabilities of the installed packages
 	.ci/audit
 
+# Each environment is made once, for one tool and version: NAME TOOL PACKAGES, and those that need not all they ask for.
+interop: $(RUN) ## the same rewards by older transformers, rewardbench, vLLM? INTEROP="--model DIR" for a model of yours
+	$(BIN)/python benchmarks/interop.py $(INTEROP)
+	@$(INTEROP_IN) transformers-4.46 transformers "transformers==4.46.3 jinja2"
+	@$(INTEROP_IN) transformers-4.57 transformers "transformers==4.57.6 jinja2"
+	@$(INTEROP_IN) rewardbench rewardbench "transformers==4.51.0 trl==0.19.1 datasets accelerate pandas sentencepiece" \
+		"rewardbench==0.1.4 fschat==0.2.36"
+	@$(INTEROP_IN) vllm vllm "$(VLLM)"
+
 clean: ## remove .venv and everything that the scripts wrote
-	rm -rf .venv processed_helpsteer reward_model_output judge_1 judge_2 reinforce_output evaluation
+	rm -rf .venv .venv-interop-* interop processed_helpsteer reward_model_output judge_1 judge_2 reinforce_output evaluation
 	rm -rf build reward_model_pipeline.egg-info
 
 # What is installed is remembered inside .venv, so that it is forgotten with it. What only tests need comes with them.

@@ -212,6 +212,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, directory: Path, model: P
     for name in ("backend", "is_local", "local_files_only"):
         config.pop(name, None)
     config |= {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": tokenizer.chat_template}
+    config["model_input_names"] = tokenizer.model_input_names  # by default version 4 has token types too
     config["model_max_length"] = min(tokenizer.model_max_length, positions(model))
     write_text(path, json.dumps(config, indent=2, ensure_ascii=False) + "\n")
 

@@ -11,7 +11,6 @@ import numpy as np
 WORDS = 3  # of a shingle
 HASHES, BANDS = 32, 8  # of a signature; at a similarity of 0.8 one of the bands agrees in 98 % of cases
 SIMILARITY = 0.7  # Jaccard index of the sets of shingles, from which two prompts are nearly the same
-MOST_PROMPTS = 200_000  # beyond that nobody waits for it
 PRIME = 2**32 + 15
 
 
@@ -34,10 +33,8 @@ def signature(text: str) -> np.ndarray:
 def near_duplicates(texts: Sequence[str], others: Sequence[str]) -> list[tuple[int, int]]:
     """Indices of texts, each with that of the first other one that it is nearly the same as.
 
-    Texts of `WORDS` words or fewer are the same or not: one word is too much of them. Of very many nothing is found.
+    Texts of `WORDS` words or fewer are the same or not: one word is too much of them.
     """
-    if len(texts) + len(others) > MOST_PROMPTS:
-        return []
     known = np.array([signature(text) for text in others], dtype=np.uint64).reshape(-1, HASHES)
     places: dict[tuple[int, bytes], list[int]] = {}
     for index, band in itertools.product(range(len(known)), range(BANDS)):

@@ -73,6 +73,7 @@ KEY_FEATURES = Features(
     {**dict.fromkeys(("prompt_key", "spelling_key", "pair_key"), Value("int64")), "swapped": Value("bool")}
 )
 IDENTITY = ("digest", "split_digests", "id_digests", "validation_share", "seed", "max_length")  # keys of the metadata
+MOST_COMPARED = 200_000  # pairs, whose prompts are all in memory at once to be compared
 STREAM_FEATURES = Features(
     {"chosen_ids": List(Value("int64")), "rejected_ids": List(Value("int64")), "place": Value("string")}
 )
@@ -121,6 +122,8 @@ def _why_nothing(tally: Tally) -> str:
 
 def warn_of_near_duplicates(splits: DatasetDict, tally: Tally) -> None:
     """Count the validation prompts that are nearly the same as one of the training, such as with another word in it."""
+    if sum(map(len, splits.values())) > MOST_COMPARED:
+        return
     places: dict[str, dict[str, str]] = {name: {} for name in splits}
     for name, split in splits.items():
         for pair in split.select_columns(["prompt", "place"]):

@@ -123,7 +123,8 @@ def test_what_is_written(run, small_tokenizer):
         assert row["length"] == max(len(row["chosen_ids"]), len(row["rejected_ids"]))
         assert row["category"] == ("numbers" if row["prompt"][0]["content"].startswith("Write the number") else "")
     assert {path.name for path in run["directory"].iterdir()} == {
-        "README.md", "checksums.json", "train", "validation", "dataset_dict.json", "metadata.json", "length_histogram.png",
+        "README.md", "checksums.json", "train", "validation", "dataset_dict.json", "metadata.json",
+        "length_histogram.png",
     }  # fmt: skip
     read, known = processed.load_processed(str(run["directory"]))
     assert known == metadata and read["train"][:] == splits["train"][:]
@@ -383,3 +384,22 @@ def test_a_killed_preparation_is_repeated_to_the_same_result(no_plot, tiny_model
     assert ours[1] == theirs[1]
     assert {name: split[:] for name, split in ours[0].items()} == {name: split[:] for name, split in theirs[0].items()}
     assert list(tmp_path.glob(".killed*")) == []
+
+
+def test_what_looks_wrong_is_printed_and_kept(prepared, write_jsonl, capsys, monkeypatch):
+    topics = ("tomatoes", "cats", "rivers", "old maps", "bread", "rain", "bees", "chess", "songs", "trains")
+    rows = [
+        {"prompt": f"Tell me all that you know about {topic}", "chosen": "A lot.", "rejected": "no"} for topic in topics
+    ]
+    spelled = [{**row, "prompt": row["prompt"].upper() + "!", "chosen": "B."} for row in rows[:3]]
+    odd = {**rows[0], "prompt": "What is it about?", "chosen": "What is it about? It is about bees."}
+    long = [{**rows[0], "prompt": f"{'one two three four five six ' * 4}{word}"} for word in ("seven", "eight")]
+    source = write_jsonl([*rows, *spelled, odd, *long, *[{"prompt": "x"}] * 8])
+    _, metadata = prepared("--source", source, "--validation_share", "0.5", "--seed", "1")
+    warned, printed = metadata["rows"]["warnings"], capsys.readouterr().out
+    assert metadata["spellings"] == 3 and "3 pairs have another pair's prompt, spelled otherwise" in printed
+    assert [count["count"] for words, count in warned.items() if "repeats its prompt" in words] == [1]
+    assert any("33% of the pairs were dropped for one reason: missing column" in words for words in warned)
+    assert all(words in printed and count["first"][0] in printed for words, count in warned.items())
+    monkeypatch.setattr(processed, "MOST_COMPARED", 5)
+    assert not any("nearly" in words for words in prepared("--source", source)[1]["rows"]["warnings"])

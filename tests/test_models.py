@@ -585,6 +585,7 @@ def test_a_saved_tokenizer_is_what_older_versions_read_and_gives_the_same_ids(sm
     config = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert config["tokenizer_class"] == "PreTrainedTokenizerFast" and config["model_max_length"] == 8192
     assert config["chat_template"] == tokenizer.chat_template
+    assert config["model_input_names"] == ["input_ids", "attention_mask"]
     assert not {"local_files_only", "is_local", "backend"} & config.keys()
     for again in (models.AutoTokenizer.from_pretrained(tmp_path), models.load_tokenizer(str(tmp_path))):
         assert again.chat_template == tokenizer.chat_template and again.pad_token == tokenizer.pad_token

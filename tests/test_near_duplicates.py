@@ -28,7 +28,7 @@ def test_signatures_estimate_the_similarity_of_shingles():
     assert abs(np.mean(errors)) < 0.03 and np.abs(errors).max() < 0.45  # of 32 hashes: a deviation of 0.09 at most
 
 
-def test_long_prompts_with_another_word_are_found_and_others_are_not(monkeypatch):
+def test_long_prompts_with_another_word_are_found_and_others_are_not():
     draw = random.Random(1)
     trained = [" ".join(draw.choices(WORDS, k=40)) for _ in range(50)]
     changed = trained[7].replace(trained[7].split()[20], "another")
@@ -36,5 +36,3 @@ def test_long_prompts_with_another_word_are_found_and_others_are_not(monkeypatch
     found = room.near_duplicates(held_out, [*trained, "Name the number after 0."])
     assert found == [(1, 7), (2, 3)]
     assert room.near_duplicates([], trained) == room.near_duplicates(held_out, []) == []
-    monkeypatch.setattr(room, "MOST_PROMPTS", 53)
-    assert room.near_duplicates(held_out, trained) == []
