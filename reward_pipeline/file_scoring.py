@@ -53,7 +53,9 @@ def score_file(
         raise InputError(f"{source.name}: has no rows")
     bar = tqdm(total=answers * len(evaluator.members), desc="Scoring", unit=" answers")
     with sole_writer(target, target.with_name(f".{target.name}.lock")), replace_file(target) as file, bar:
-        for chunk in chunks(checked_rows(renamed(open_source(source.name, split).rows, columns))):
+        for chunk in chunks(
+            checked_rows(renamed(open_source(source.name, split, revision=source.revision).rows, columns))
+        ):
             read = [in_turns(row) for _, row in chunk]
             flat = [(row["prompt"], answer) for row in read for answer in row_answers(row).values()]
             prompts, responses = [prompt for prompt, _ in flat], [answer for _, answer in flat]

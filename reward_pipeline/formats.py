@@ -37,7 +37,8 @@ TABLES = (".parquet", ".arrow")  # binary ones
 OTHER_TYPES = (".xlsx", ".xls", ".ods", ".feather", ".orc", ".avro", ".tar", ".tgz", ".7z", ".rar", ".db", ".sqlite")
 KNOWN = f"{', '.join(FILE_TYPES)} (also packed: {', '.join(PACKED)})"
 BROKEN_FILE = (
-    *(OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile),
+    *(OSError, EOFError, zlib.error, lzma.LZMAError),
+    *(zipfile.BadZipFile, RuntimeError, NotImplementedError),  # the second one: an archive with a password
     *(ijson.JSONError, pyarrow.ArrowException, UnicodeDecodeError, csv.Error),
 )
 MAX_DEPTH = 100  # lists and objects in each other; what comes after the parser goes through them by recursion

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import importlib.metadata
 import json
+import math
 import os
 import re
 import sys
@@ -361,10 +362,18 @@ def load_trained_reward_model(name: str) -> tuple[TokenizersBackend, PreTrainedM
         raise InputError(f"{path}: has no trained reward head ({', '.join(missing)} missing)")
     if model.config.num_labels != 1:
         raise InputError(f"{path}: has {model.config.num_labels} labels, but a reward model has one")
+    for name in ("form_model", "author_strengths"):
+        table = getattr(model.config, name, None)
+        if table is not None and not (isinstance(table, dict) and all(map(_is_finite, table.values()))):
+            raise InputError(f"{path}: {name} in its config.json is no table of numbers; mend it, or take it out")
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.convert_tokens_to_ids(padding_token(tokenizer, rendered))
     keep_head_in_fp32(model)
     return tokenizer, model.eval()
+
+
+def _is_finite(value: Any) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def is_adapter(path: str) -> bool:

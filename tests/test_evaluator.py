@@ -641,3 +641,12 @@ def test_memory_is_free_once_nobody_holds_the_evaluator(tiny_reward_model):
         assert weights() is None
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("table", [[1, 2], "words", {"log_words": "many"}, {"log_words": float("nan")}])
+def test_a_form_model_that_is_no_table_is_named(tiny_reward_model, tmp_path, table):
+    broken = shutil.copytree(tiny_reward_model, tmp_path / "broken")
+    config = json.loads((broken / "config.json").read_text())
+    (broken / "config.json").write_text(json.dumps({**config, "form_model": table, "form_term": True}))
+    with pytest.raises(InputError, match=r"broken: form_model in its config\.json is no table of numbers"):
+        RewardModelEvaluator(broken, device="cpu", form=True)

@@ -315,6 +315,10 @@ def flipped(content: bytes) -> bytes:
     [
         ("x.txt", b"text", "unknown file type"),
         ("x.parquet", b"not parquet", "can not be read to its end"),
+        ("x.zip", b"not an archive", "can not be read to its end"),
+        ("x.zip", zipped(c__txt="no data"), "no data files in it"),
+        ("x.jsonl.zst", b"not packed", "can not be read to its end"),
+        ("x.arrow", b"not arrow", "can not be read to its end"),
         ("x.jsonl.gz", b"not gzip", "can not be read to its end"),
         ("x.jsonl.gz", gzip.compress(json.dumps(PAIR).encode() * 1000)[:-20], "can not be read to its end"),
         ("x.jsonl.gz", flipped(gzip.compress(json.dumps(PAIR).encode() * 1000)), "can not be read to its end"),
