@@ -1,5 +1,7 @@
 import ast
+import hashlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -243,3 +245,26 @@ def test_imports_are_light():
     training = {"trl", "peft", "datasets", "pandas", "matplotlib"}
     assert sorted(package & (training | {"torch", "transformers", "numpy"})) == []
     assert "torch" in evaluator and sorted(evaluator & training) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such permissions")
+def test_files_are_readable_as_new_ones_are(tmp_path):
+    (tmp_path / "deep").mkdir(mode=0o700)
+    for name in ("model.safetensors", "deep/a.png"):
+        (tmp_path / name).touch(mode=0o600)
+    before = os.umask(0o027)
+    try:
+        files.allow_as_usual(tmp_path)
+    finally:
+        os.umask(before)
+    modes = {path.name: oct(path.stat().st_mode & 0o777) for path in tmp_path.rglob("*")}
+    assert modes == {"deep": "0o750", "model.safetensors": "0o640", "a.png": "0o640"}
+
+
+def test_a_hash_is_remembered_only_as_long_as_the_file_is_what_it_was(tmp_path):
+    path = tmp_path / "a.bin"
+    path.write_bytes(b"one")
+    first = files.file_hash(path)
+    assert first == hashlib.sha256(b"one").hexdigest() == files.file_hash(path)
+    path.write_bytes(b"two, longer")
+    assert files.file_hash(path) == hashlib.sha256(b"two, longer").hexdigest()

@@ -84,3 +84,12 @@ def test_a_first_signal_is_a_request_and_a_second_one_stops(number, monkeypatch,
             signal.raise_signal(number)
     assert signal.getsignal(number) is before
     assert "Stopping after this update" in capsys.readouterr().err
+
+
+def test_alone_what_is_decided_once_connects_nothing(monkeypatch):
+    monkeypatch.setattr(processes, "together", None)
+    assert processes.decided_once(lambda: "mine") == "mine"
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    asked = []
+    monkeypatch.setattr(processes, "together", lambda act, first_alone: asked.append(first_alone) or "the first one's")
+    assert processes.decided_once(lambda: "mine") == "the first one's" and asked == [True]
