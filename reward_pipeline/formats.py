@@ -374,8 +374,9 @@ def table_of(value: Any, name: str) -> list[Any] | None:
     """
     if not isinstance(value, dict) or not value:
         return None
-    if {"columns", "data"} <= value.keys() and isinstance(value["data"], list):
-        return [dict(zip(value["columns"], cells, strict=False)) for cells in value["data"]]
+    names, data = value.get("columns"), value.get("data")
+    if isinstance(names, list) and all(isinstance(each, str) for each in names) and isinstance(data, list):
+        return [dict(zip(names, cells, strict=False)) if isinstance(cells, list) else cells for cells in data]
     cells = list(value.values())
     lists = [key for key, each in value.items() if each and isinstance(each, list) and all(map(_is_row, each))]
     wrapping = [key for key in lists if key in WRAPPINGS or len(value) == 1]

@@ -375,12 +375,22 @@ def test_deeply_nested_json_is_a_bad_row(tmp_path, name, deep):
     assert pairs[:-1] == [None] * (len(pairs) - 1) and response_text(pairs[-1]["chosen"]) == PAIR["chosen"]
 
 
+KEYS = st.sampled_from(["data", "train", "columns", "rows", "row", "0", "1", "prompt", "chosen"])
 BITS_OF_JSON = st.sampled_from([b'{"prompt"', b": [", b'"a"', b"]", b"}", b",", b"\n"])
 
 
 @given(
-    name=st.sampled_from(["x.json", "x.jsonl", "x.csv", "x.parquet", "x.jsonl.gz"]),
-    content=st.binary(max_size=60) | st.lists(BITS_OF_JSON).map(b"".join),
+    name=st.sampled_from(
+        ["x.json", "x.jsonl", "x.csv", "x.tsv", "x.txt", "x.parquet", "x.arrow", "x.zip", "x.jsonl.gz", "x.csv.zst"]
+    ),
+    content=st.binary(max_size=60)
+    | st.lists(BITS_OF_JSON).map(b"".join)
+    | st.builds(
+        lambda text, encoding: text.encode(encoding, "replace"), st.text(), st.sampled_from(["utf-16", "cp1251"])
+    )
+    | st.recursive(st.integers() | st.text(max_size=3), lambda each: st.lists(each) | st.dictionaries(KEYS, each)).map(
+        lambda value: json.dumps(value).encode()
+    ),
 )
 def test_any_file_gives_rows_or_is_named(tmp_path_factory, name, content):
     path = tmp_path_factory.getbasetemp() / name
