@@ -151,6 +151,7 @@ def main() -> None:
             "seed": options.seed,
             "max_length": options.max_length,
             "tokenizer": model.origin,
+            "constants": {"MAX_LENGTH": MAX_LENGTH, "VALIDATION_SHARE": VALIDATION_SHARE, "LIMIT": LIMIT, "SEED": SEED},
             "identical_after_cut": {name: int(same.sum()) for name, same in identical.items()},
             **data_statistics(splits, options.max_length),
             **form_statistics(splits),

@@ -21,7 +21,17 @@ from typing import Any
 
 from reward_pipeline.conversations import MIN_MAX_LENGTH
 from reward_pipeline.processes import run_script
-from reward_pipeline.settings import Parser, apple_silicon, boolean, column, filled_text, or_none, real, whole
+from reward_pipeline.settings import (
+    Parser,
+    apple_silicon,
+    boolean,
+    column,
+    edited_constants,
+    filled_text,
+    or_none,
+    real,
+    whole,
+)
 from reward_pipeline.trl_flags import (
     LORA_DEFAULTS,
     METRICS,
@@ -67,6 +77,8 @@ SAVE_STEPS = 200
 SAVE_TOTAL_LIMIT = 2  # checkpoints kept, the best one among them
 SEED = 42
 # ---------------------------------------------------------------------------------------------------------------------
+
+DATA_SCRIPT = "load_helpsteer_dataset.py"  # whose constants may have been edited since it ran
 
 # What TRL gets where nothing else is said: the constants above under its names, and what this project decides.
 TRL_DEFAULTS = {
@@ -332,6 +344,8 @@ def main() -> None:
         )
         if first:
             print(plan(settings, metadata, train_pairs, reward_training.pairs_per_update(config), updates))
+            for edited in edited_constants(Path(__file__).with_name(DATA_SCRIPT), metadata.get("constants", {})):
+                print(f"note           {edited}: the data is as it was, until the script runs again")
             if checkpoint:
                 print(f"Resuming from {checkpoint} (--fresh starts over).")
         with stop_requests() as stop_requested:

@@ -12,6 +12,7 @@ import difflib
 import json
 import math
 import platform
+import runpy
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -95,6 +96,21 @@ def column(text: str) -> str:
             f"must be such as prompt=question, with one of {', '.join(COLUMNS)}, not {text}"
         )
     return readable_text(text)
+
+
+def edited_constants(script: Path, recorded: dict[str, Any]) -> list[str]:
+    """What constants at the top of a script are now, where they were others when it last ran; none without the script.
+
+    A script's flags come before its constants, so the constants that it had are what was recorded, not what it used.
+    """
+    if not script.is_file():  # the package alone is installed
+        return []
+    now = runpy.run_path(str(script), run_name="constants")
+    return [
+        f"{name} is {now[name]} in {script.name} and was {value} when it last ran"
+        for name, value in recorded.items()
+        if name in now and now[name] != value
+    ]
 
 
 def _listed(value: Any) -> list[Any]:

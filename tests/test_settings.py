@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from reward_pipeline import settings
-from reward_pipeline.settings import Parser, boolean, filled_text, or_none, readable_text, real, whole
+from reward_pipeline.settings import Parser, boolean, edited_constants, filled_text, or_none, readable_text, real, whole
 
 
 def small_parser() -> Parser:
@@ -252,3 +252,14 @@ def test_a_wrong_flag_is_answered_at_once(answers, script):
     code, out, error, imported = answers[script + "--nonsense"]
     assert (code, out, imported) == (1, "", [])
     assert error == "error: --nonsense: unknown flag; --help lists all\n"
+
+
+def test_constants_that_were_edited_since_are_named(tmp_path):
+    script = tmp_path / "prepare.py"
+    script.write_text(
+        "import sys\nMAX_LENGTH = 128 if sys.platform == 'nowhere' else 512\nSEED = 42\nassert __name__ != '__main__'\n"
+    )
+    assert edited_constants(script, {"MAX_LENGTH": 512, "SEED": 42}) == []
+    recorded = {"MAX_LENGTH": 256, "SEED": 42, "GONE": 1}
+    assert edited_constants(script, recorded) == ["MAX_LENGTH is 512 in prepare.py and was 256 when it last ran"]
+    assert edited_constants(tmp_path / "none.py", recorded) == []

@@ -311,6 +311,17 @@ def test_the_prepared_data_stays_as_it_is_and_form_is_fitted_to_the_pairs_traine
     assert (settings["form_term"], settings["mismatched_share"]) == (True, 0.5)
 
 
+def test_a_constant_of_the_data_script_that_was_edited_is_named(train, processed, capsys):
+    path = Path(processed) / "metadata.json"
+    metadata = json.loads(path.read_text())
+    train(*SMALL, "--max_steps", "1", output="first")
+    assert "note  " not in capsys.readouterr().out
+    metadata["constants"]["MAX_LENGTH"] = 7
+    path.write_text(json.dumps(metadata))
+    train(*SMALL, "--max_steps", "1", output="second")
+    assert re.search(r"note +MAX_LENGTH is \d+ in load_helpsteer_dataset.py and was 7 when it", capsys.readouterr().out)
+
+
 def test_samples_are_limited(train):
     output = train("--max_train_samples", "8")
     assert json.loads((output / "metrics.json").read_text())["train_pairs"] == 8
