@@ -17,6 +17,7 @@ from reward_pipeline.plots import plot_evaluation
 from reward_pipeline.statistics import TIE
 
 SHOWN_SAMPLES = 12  # in samples.md
+SHOWN_MARKS = ("bold", "headings", "bullets", "numbered_items", "code_fences")  # of form, in the card of a policy
 SHOWN_MISTAKES = 20  # in mistakes.md
 MISTAKE_LENGTH = 600  # characters of a text in it
 FORM_TERM = """
@@ -277,26 +278,41 @@ def policy_card(results: dict[str, Any], settings: dict[str, Any], log: Sequence
 
     def row(name: str, prefix: str) -> str:
         if results[f"{prefix}win_rate"] is None:
-            return f"| {name} | – | – | – |"
+            return f"| {name} | – | – | – | – |"
         return (
             f"| {name} | {results[f'{prefix}reward_before']:+.3f} → {results[f'{prefix}reward_after']:+.3f} | "
             f"{results[f'{prefix}reward_gain']:+.3f} ({span(results[f'{prefix}reward_gain_interval'])}, "
-            f"p = {results[f'{prefix}wilcoxon_p']:.2g}) | "
+            f"p = {results[f'{prefix}wilcoxon_p']:.2g}) | {results[f'{prefix}reward_gain_at_equal_form']:+.3f} "
+            f"({span(results[f'{prefix}reward_gain_at_equal_form_interval'])}) | "
             f"{results[f'{prefix}win_rate']:.3f} ({span(results[f'{prefix}win_rate_interval'])}) |"
         )
+
+    def counted(name: str) -> str:
+        each = results["form_counts"][name]
+        words = name.replace("_", " ")
+        return f"| answers with {words} | {each['answers_before']} | {each['answers_after']} |"
 
     about = front_matter(
         settings["base_model"], settings["source"], pipeline_tag="text-generation", tags=["reinforce", "rlhf"]
     )
+    constraints = "".join(
+        f"| {kind.replace('_', ' ')} | {each['n']} | {each['before']:.3f} | {each['after']:.3f} |\n"
+        for kind, each in results["constraint_kinds"].items()
+    )
+    marks = "\n".join(counted(name) for name in SHOWN_MARKS)
     return f"""{about}# Policy aligned by REINFORCE
 
 Sampled answers to {results["n"]:,} prompts that the training did not see, before (SFT) and after, with the same random
 numbers. Intervals are 95 %.
 
-| judge | mean reward | gain | win rate against SFT |
-|---|---|---|---|
+| by | mean reward | gain | gain at equal form | win rate against SFT |
+|---|---|---|---|---|
 {row("the reward model of the training", "")}
 {row("second reward model", "second_judge_")}
+{row("the reward function", "function_")}
+
+The gain at equal form is what no change of length or mark-up explains: the intercept of a regression of the differences
+in reward on the differences in 25 counts of form.
 
 | | before | after |
 |---|---|---|
@@ -305,10 +321,21 @@ numbers. Intervals are 95 %.
 | repetition of 3-grams | {results["repetition_before"]:.3f} | {results["repetition_after"]:.3f} |
 | share that ended | {results["ended_before"]:.3f} | {results["ended_after"]:.3f} |
 | KL to SFT (nats per answer) | 0 | {results["kl"]:.2f} |
+| form model's score (nats) | {results["form_score_before"]:+.3f} | {results["form_score_after"]:+.3f} |
+{marks}
 
 ![training](plots/training.png)
 ![before and after](plots/before_and_after.png)
+![drift of form](plots/drift.png)
 
+## Constraints that a rule checks
+Answers to {results["constraint_n"]:,} of these prompts with a constraint joined to each, in wordings that no training
+sees: {number(results["constraint_pass_before"])} → {number(results["constraint_pass_after"])} keep it, a gain of
+{difference(results["constraint_pass_gain"], results["constraint_pass_gain_interval"])}.
+
+| constraint | n | before | after |
+|---|---|---|---|
+{constraints}
 ## Origin
 - SFT model: {settings["base_model"]}; reward model: {settings["reward_model"]}; prompts: {settings["source"]}
 - {len(log):,} updates of {settings["completions_per_step"]} completions of at most {settings["max_new_tokens"]} tokens,
@@ -321,12 +348,27 @@ better answer: read `samples.md`.
 """
 
 
-def samples_table(rows: Sequence[dict[str, Any]]) -> str:
-    """Some of the answers before and after, in Markdown: evenly spread over the gain in reward."""
-    ranked = sorted(rows, key=lambda row: row["reward_after"] - row["reward_before"])
-    shown = [ranked[place] for place in np.linspace(0, len(ranked) - 1, min(SHOWN_SAMPLES, len(ranked))).astype(int)]
+def samples_page(rows: Sequence[dict[str, Any]], constrained: Sequence[dict[str, Any]]) -> str:
+    """Some of the answers before and after, in Markdown: evenly spread over the gain in reward, and with constraints.
+
+    Args:
+        rows, constrained: of `policy_metrics.sample_rows`.
+    """
+    by = "reward" if "reward_before" in rows[0] else "function"
+    ranked = sorted(rows, key=lambda row: row[f"{by}_after"] - row[f"{by}_before"])
     lines = ["| prompt | before | after | reward |", "|---|---|---|---|"]
-    for row in shown:
+    for row in spread(ranked):
         cells = map(cell, (row["prompt"][-1]["content"], row["before"], row["after"]))
-        lines.append(f"| {' | '.join(cells)} | {row['reward_before']:+.2f} → {row['reward_after']:+.2f} |")
+        lines.append(f"| {' | '.join(cells)} | {row[f'{by}_before']:+.2f} → {row[f'{by}_after']:+.2f} |")
+    if constrained:
+        lines += ["", "With a constraint:", "", "| prompt | before | after | kept |", "|---|---|---|---|"]
+    for row in spread(constrained):
+        cells = map(cell, (row["prompt"][-1]["content"], row["before"], row["after"]))
+        kept = ["yes" if row[f"kept_{when}"] else "no" for when in ("before", "after")]
+        lines.append(f"| {' | '.join(cells)} | {' → '.join(kept)} |")
     return "\n".join(lines) + "\n"
+
+
+def spread(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """At most `SHOWN_SAMPLES` of the rows, at equal distances, the first and the last among them."""
+    return [rows[place] for place in np.linspace(0, len(rows) - 1, min(SHOWN_SAMPLES, len(rows))).astype(int)]

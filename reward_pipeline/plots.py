@@ -19,6 +19,8 @@ LENGTH_BINS = 60
 # The line that every accuracy is seen against.
 CHANCE: dict[str, Any] = {"y": 0.5, "color": "gray", "linestyle": ":", "linewidth": 1, "label": "chance"}
 
+MEASURES = {"log_characters", "log_words", "log_lines", "distinct_words"}  # counts of form that every answer has
+
 
 def plot_evaluation(columns: Columns, metrics: dict[str, Any], directory: Path) -> list[str]:
     """Draw the figures of `pair_metrics`; returns the names of the files written."""
@@ -179,17 +181,20 @@ def plot_curves(history: Sequence[Mapping[str, float]], baselines: Mapping[str, 
 
 
 def plot_steps(log: Sequence[dict[str, float]], path: Path) -> None:
-    """Reward, KL, length and entropy against steps."""
+    """Reward, form, KL, length, share that ended and entropy against steps."""
     panels = {
-        "reward (standard deviations)": {"score": "reward model", "baseline": "baseline"},
+        "reward": {"score": "score", "judge": "reward model", "function": "function", "baseline": "baseline"},
         "KL to the SFT model (nats)": {"kl": "whole completion"},
         "length (tokens)": {"length": "mean"},
+        "form model's score (nats)": {"form_score": "mean"},
+        "share that ended": {"ended": "mean"},
         "entropy (nats per token)": {"entropy": "mean"},
     }
-    figure = Figure(figsize=(10, 6), layout="constrained")
-    for axes, (title, series) in zip(figure.subplots(2, 2).flat, panels.items(), strict=True):
+    figure = Figure(figsize=(14, 6), layout="constrained")
+    for axes, (title, series) in zip(figure.subplots(2, 3).flat, panels.items(), strict=True):
         for key, label in series.items():
-            axes.plot([entry["step"] for entry in log], [entry[key] for entry in log], label=label)
+            if key in log[0]:
+                axes.plot([entry["step"] for entry in log], [entry[key] for entry in log], label=label)
         axes.set(title=title, xlabel="updates")
         axes.legend()
     figure.savefig(path, dpi=120)
@@ -208,4 +213,35 @@ def plot_before_and_after(before: Answers, after: Answers, judged: dict[str, Any
             axes.hist(each, edges, alpha=0.5, label=name)
         axes.set(xlabel=label, ylabel="answers")
         axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+def plot_drift(results: Mapping[str, Any], path: Path) -> None:
+    """How much of the gain is form: gains with and without it, and in how many answers each mark of form stands."""
+    figure = Figure(figsize=(12, 5), layout="constrained")
+    gains, shares = figure.subplots(1, 2)
+    named = {
+        "reward model": "reward_gain",
+        "at equal form": "reward_gain_at_equal_form",
+        "second judge": "second_judge_reward_gain",
+        "second judge,\nat equal form": "second_judge_reward_gain_at_equal_form",
+        "form model": "form_score_gain",
+    }
+    drawn = {label: name for label, name in named.items() if results.get(name) is not None}
+    values = np.array([results[name] for name in drawn.values()])
+    bounds = np.array([results[f"{name}_interval"] or [math.nan] * 2 for name in drawn.values()]).T
+    gains.errorbar(values, range(len(drawn)), xerr=np.abs(bounds - values), fmt="o", capsize=3)
+    gains.axvline(0, color="gray", linewidth=1)
+    gains.set_yticks(range(len(drawn)), drawn)
+    gains.invert_yaxis()
+    gains.set(xlabel="gain (rewards: standard deviations; form model: nats)", title="Gain over SFT, 95 % intervals")
+    marks = [name for name, each in results["form_counts"].items() if name not in MEASURES]
+    places = np.arange(len(marks))
+    for offset, (when, label) in zip((-0.2, 0.2), (("before", "SFT"), ("after", "aligned")), strict=True):
+        share = [results["form_counts"][name][f"answers_{when}"] / results["n"] for name in marks]
+        shares.barh(places + offset, share, height=0.4, label=label)
+    shares.set_yticks(places, [name.replace("_", " ") for name in marks])
+    shares.invert_yaxis()
+    shares.set(xlabel="share of the answers", title="Marks of form")
+    shares.legend()
     figure.savefig(path, dpi=120)

@@ -1,7 +1,7 @@
 """Answers before and after become figures."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,22 +9,29 @@ import numpy as np
 import torch
 from datasets import Dataset
 
-from reward_pipeline.cards import policy_card, samples_table
+from reward_pipeline.cards import policy_card, samples_page
+from reward_pipeline.constraints import keeps
 from reward_pipeline.conversations import PROMPT_SHARE, encode, encode_prompt
 from reward_pipeline.evaluator import RewardModelEvaluator, check_templates, trained_scale
 from reward_pipeline.files import InputError, json_lines, rounded, write_checksums, write_text
+from reward_pipeline.form import COUNTS, form_counts, form_differences, form_margins
 from reward_pipeline.models import weights_digest
-from reward_pipeline.plots import plot_before_and_after, plot_steps
+from reward_pipeline.plots import plot_before_and_after, plot_drift, plot_steps
 from reward_pipeline.processes import is_first_process
-from reward_pipeline.rollouts import Answers, PolicyPrompt
-from reward_pipeline.statistics import bootstrap_interval, rate_interval, wilcoxon_p, wins
+from reward_pipeline.reward_functions import RewardFunction, function_rewards
+from reward_pipeline.rollouts import Answers
+from reward_pipeline.sampling import PolicyPrompt
+from reward_pipeline.statistics import adjusted_mean, bootstrap_interval, rate_interval, wilcoxon_p, wins
 
 SCALE_PAIRS = 256  # of the validation split, for the standard deviation of a judge that was not trained here
 SIGNIFICANT_DIGITS = 3  # of p-values, which four decimals would round to 0
-# of the comparison by one judge, what goes into `evaluation.json`
+WHEN = ("before", "after")
+# Who compares answers: the judge of the training, another one, a reward function; with what stands before its figures.
+OPINIONS = {"reward": "", "second_judge": "second_judge_", "function": "function_"}
+# of the comparison by one of them, what goes into `evaluation.json`
 JUDGED = (
     *("reward_before", "reward_after", "reward_gain", "reward_gain_interval", "wilcoxon_p"),
-    *("win_rate", "win_rate_interval"),
+    *("reward_gain_at_equal_form", "reward_gain_at_equal_form_interval", "win_rate", "win_rate_interval"),
 )
 
 
@@ -123,16 +130,35 @@ def cut_to_equal_words(texts: Sequence[str], others: Sequence[str]) -> tuple[lis
 def compare_answers(
     judge: RewardModelEvaluator, prompts: Sequence[PolicyPrompt], before: Answers, after: Answers
 ) -> dict[str, Any]:
-    """Rewards of both sides by one judge and the paired comparison of them.
+    """The comparison of `compare_rewards` by a judge."""
+    messages = [prompt.messages for prompt in prompts]
+    # Not `get_reward_scores`, which refuses empty answers: a policy samples some.
+    scores = judge.get_member_scores([*messages, *messages], [*before.texts, *after.texts], progress=True)
+    return compare_rewards(*judge.combine(scores).reshape(2, len(prompts)), before, after)
+
+
+def compare_by_function(
+    name: str, function: RewardFunction, prompts: Sequence[PolicyPrompt], before: Answers, after: Answers
+) -> dict[str, Any]:
+    """The comparison of `compare_rewards` by a reward function of that name."""
+    sides = (np.array(function_rewards(name, function, prompts, side.texts)) for side in (before, after))
+    return compare_rewards(*sides, before, after)
+
+
+def compare_rewards(old: np.ndarray, new: np.ndarray, before: Answers, after: Answers) -> dict[str, Any]:
+    """What becomes of the rewards of both answers to each of N prompts.
+
+    The gain at equal form is the part that no change of form explains: the intercept of a regression of the differences
+    in reward between both answers to a prompt on their differences in the counts of `form.COUNTS`.
+
+    Args:
+        old, new: (N,) rewards.
 
     Returns:
         `rewards_before`, `rewards_after`, (N,) each, and the figures that `evaluation` describes.
     """
-    messages = [prompt.messages for prompt in prompts]
-    # Not `get_reward_scores`, which refuses empty answers: a policy samples some.
-    scores = judge.get_member_scores([*messages, *messages], [*before.texts, *after.texts], progress=True)
-    old, new = judge.combine(scores).reshape(2, len(prompts))
     won = wins(new, old)
+    at_equal_form, interval = adjusted_mean(new - old, form_differences(after.texts, before.texts))
     return {
         "rewards_before": old,
         "rewards_after": new,
@@ -141,26 +167,87 @@ def compare_answers(
         "reward_gain": float((new - old).mean()),
         "reward_gain_interval": bootstrap_interval(new - old),
         "wilcoxon_p": wilcoxon_p(new - old),
+        "reward_gain_at_equal_form": at_equal_form,
+        "reward_gain_at_equal_form_interval": interval,
         "win_rate": float(won.mean()),
         "win_rate_interval": rate_interval(won),
     }
 
 
+def mean_change(name: str, before: np.ndarray, after: np.ndarray) -> dict[str, Any]:
+    """Means of a figure of N pairs of answers, and the mean difference with its interval, by their names."""
+    return {
+        f"{name}_before": float(before.mean()),
+        f"{name}_after": float(after.mean()),
+        f"{name}_gain": float((after - before).mean()),
+        f"{name}_gain_interval": bootstrap_interval(after - before),
+    }
+
+
+def form_drift(before: Sequence[str], after: Sequence[str], form_model: Mapping[str, float]) -> dict[str, Any]:
+    """How the form of N answers changed.
+
+    Returns:
+        The form model's score, as `mean_change` gives it; `form_counts`, for each of `form.COUNTS` its mean and the
+        number of answers in which it is not 0, before and after.
+    """
+    counts = [np.array([form_counts(text) for text in texts]) for texts in (before, after)]
+    each = {
+        name: {
+            **{when: float(side[:, column].mean()) for when, side in zip(WHEN, counts, strict=True)},
+            **{f"answers_{when}": int((side[:, column] > 0).sum()) for when, side in zip(WHEN, counts, strict=True)},
+        }
+        for column, name in enumerate(COUNTS)
+    }
+    scores = (form_margins(form_model, side) for side in counts)
+    return mean_change("form_score", *scores) | {"form_counts": each}
+
+
+def constraint_figures(prompts: Sequence[PolicyPrompt], before: Answers, after: Answers) -> dict[str, Any]:
+    """Whether N answers keep the constraints of their prompts.
+
+    Returns:
+        `constraint_n`, `constraint_pass`, as `mean_change` gives it, and `constraint_kinds`: `n` and the shares of
+        answers that keep it, `before` and `after`, for each kind of constraint.
+    """
+    if not prompts:
+        names = ("before", "after", "gain", "gain_interval")
+        return {"constraint_n": 0, **{f"constraint_pass_{name}": None for name in names}, "constraint_kinds": {}}
+    kept = [
+        np.array([float(keeps(prompt.constraint, text)) for prompt, text in zip(prompts, side.texts, strict=True)])
+        for side in (before, after)
+    ]
+    kinds = np.array([prompt.constraint.kind for prompt in prompts])
+    each = {
+        str(kind): {
+            "n": int((kinds == kind).sum()),
+            **{when: float(side[kinds == kind].mean()) for when, side in zip(WHEN, kept, strict=True)},
+        }
+        for kind in np.unique(kinds)
+    }
+    return {"constraint_n": len(prompts), **mean_change("constraint_pass", *kept), "constraint_kinds": each}
+
+
 def evaluation(
-    before: Answers, after: Answers, judged: dict[str, Any], judged_second: dict[str, Any] | None
+    before: Answers, after: Answers, opinions: Mapping[str, dict[str, Any] | None], form_model: Mapping[str, float]
 ) -> dict[str, Any]:
-    """Content of `evaluation.json`, from the answers and from `compare_answers` by one or two judges.
+    """Content of `evaluation.json`, from the answers and what `OPINIONS` make of them.
+
+    Args:
+        opinions: of `compare_rewards`, by the names of `OPINIONS`; None for one that is not there.
+        form_model: weights of `form.fit_form_model`.
 
     Returns:
         By the training judge: `n`, `reward_before`, `reward_after`, `reward_gain` and its paired bootstrap 95 %
-        interval, `wilcoxon_p`, `win_rate` against SFT (ties half) and its interval; the same with `second_judge_`
-        in front by the second judge, None without one. Of the texts: mean lengths in tokens and `length_ratio`;
-        `distinct3` before and after, of each pair of answers cut to equal length, and `distinct3_ratio`;
-        `repetition` and `ended` before and after; mean `kl` of the policy's answers to the reference in nats.
+        interval, `wilcoxon_p`, `reward_gain_at_equal_form` and its interval, `win_rate` against SFT (ties half) and its
+        interval; the same with `second_judge_` in front by the second judge, with `function_` by the reward function;
+        None without one. Of the texts: mean lengths in tokens and `length_ratio`; `distinct3` before and after, of each
+        pair of answers cut to equal length, and `distinct3_ratio`; `repetition` and `ended` before and after; mean `kl`
+        of the policy's answers to the reference in nats; and what `form_drift` says.
     """
     texts: dict[str, float] = {}
     equal = cut_to_equal_words(before.texts, after.texts)
-    for when, each, cut in (("before", before, equal[0]), ("after", after, equal[1])):
+    for when, each, cut in zip(WHEN, (before, after), equal, strict=True):
         texts |= {
             f"length_{when}": float(each.lengths.mean()),
             f"distinct3_{when}": distinct(cut),
@@ -169,12 +256,16 @@ def evaluation(
         }
     return {
         "n": len(before.texts),
-        **{name: judged[name] for name in JUDGED},
-        **{f"second_judge_{name}": judged_second[name] if judged_second else None for name in JUDGED},
+        **{
+            f"{prefix}{name}": opinions[who][name] if opinions[who] else None
+            for who, prefix in OPINIONS.items()
+            for name in JUDGED
+        },
         **texts,
         "length_ratio": texts["length_after"] / texts["length_before"],
         "distinct3_ratio": texts["distinct3_after"] / texts["distinct3_before"],
         "kl": float(after.kl.mean()),
+        **form_drift(before.texts, after.texts, form_model),
     }
 
 
@@ -188,10 +279,9 @@ def sample_rows(
     prompts: Sequence[PolicyPrompt],
     before: Answers,
     after: Answers,
-    judged: dict[str, Any],
-    judged_second: dict[str, Any] | None,
+    opinions: Mapping[str, dict[str, Any] | None],
 ) -> list[dict[str, Any]]:
-    """A row for each evaluation prompt, with both answers and their rewards."""
+    """A row for each prompt, with both answers, their rewards, and whether they keep its constraint."""
     rows = []
     for number, prompt in enumerate(prompts):
         row: dict[str, Any] = {
@@ -199,9 +289,12 @@ def sample_rows(
             "before": before.texts[number],
             "after": after.texts[number],
         }
-        for name, result in (("reward", judged), ("second_judge", judged_second)):
+        for name, result in opinions.items():
             if result:
-                row |= {f"{name}_{when}": float(result[f"rewards_{when}"][number]) for when in ("before", "after")}
+                row |= {f"{name}_{when}": float(result[f"rewards_{when}"][number]) for when in WHEN}
+        if prompt.constraint:
+            row |= prompt.constraint._asdict()
+            row |= {f"kept_{when}": keeps(prompt.constraint, row[when]) for when in WHEN}
         rows.append(row)
     return rows
 
@@ -210,28 +303,32 @@ def write_policy_results(
     directory: Path,
     before: Answers,
     after: Answers,
-    judged: dict[str, Any],
+    opinions: Mapping[str, dict[str, Any] | None],
     results: dict[str, Any],
     samples: Sequence[dict[str, Any]],
+    constrained: Sequence[dict[str, Any]],
     settings: dict[str, Any],
     log: Sequence[dict[str, Any]],
 ) -> None:
     """Complete a saved policy with its figures, samples, settings, log, plots and card.
 
     Args:
-        judged: by the training judge, of `compare_answers`.
-        results: of `evaluation`.
-        samples: of `sample_rows`.
+        opinions: as for `evaluation`; the first one that is there is plotted.
+        results: of `evaluation` and `constraint_figures`.
+        samples, constrained: of `sample_rows`, for the prompts as they are and with constraints.
         settings: resolved settings of the run.
         log: an entry an update.
     """
-    (directory / "plots").mkdir()
-    plot_steps(log, directory / "plots" / "training.png")
-    plot_before_and_after(before, after, judged, directory / "plots" / "before_and_after.png")
+    plots = directory / "plots"
+    plots.mkdir()
+    main_opinion = next(filter(None, opinions.values()))
+    plot_steps(log, plots / "training.png")
+    plot_before_and_after(before, after, main_opinion, plots / "before_and_after.png")
+    plot_drift(results, plots / "drift.png")
     for name, content in {"evaluation": rounded_evaluation(results), "settings": settings}.items():
         write_text(directory / f"{name}.json", json.dumps(content, indent=2) + "\n")
-    for name, lines in {"samples": samples, "metrics": log}.items():
+    for name, lines in {"samples": samples, "constraints": constrained, "metrics": log}.items():
         write_text(directory / f"{name}.jsonl", json_lines(lines))
-    write_text(directory / "samples.md", samples_table(samples))
+    write_text(directory / "samples.md", samples_page(samples, constrained))
     write_text(directory / "README.md", policy_card(results, settings, log))
     write_checksums(directory)

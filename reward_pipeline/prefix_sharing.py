@@ -8,6 +8,7 @@ head, the pooling and the loss are its own code.
 """
 
 import math
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -130,9 +131,12 @@ AttentionMaskInterface.register(ATTENTION, sdpa_mask)  # what a plain call atten
 
 
 def into_tree(
-    base: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]
+    base: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any], pooled: bool
 ) -> tuple[tuple[()], dict[str, Any]] | None:
     """Forward pre-hook of a base model: `input_ids` (B, L) under a mask (B, L) become a tree (1, N).
+
+    With `pooled` the head on it reads one token of each row.
+
 
     Only where nothing else is asked for than the last hidden states of tokens that stand in one block in each row.
     Any other call is left to `transformers` as it is.
@@ -141,6 +145,7 @@ def into_tree(
     ids, mask = args[0] if args else given.pop("input_ids", None), given.pop("attention_mask", None)
     cached = given.pop("use_cache", config.use_cache)
     given.pop("margin", None)  # of the loss: TRL hands the whole batch to the model
+    places = given.pop("position_ids", None)
     if cached or given or len(args) > 1 or config.output_hidden_states or config.output_attentions:
         return None
     if not (isinstance(ids, torch.Tensor) and isinstance(mask, torch.Tensor)):  # a mask may be a dictionary of several
@@ -150,9 +155,11 @@ def into_tree(
     kept = mask.bool()
     starts = kept & ~torch.nn.functional.pad(kept, (1, -1))
     # Pooling reads the last token that is not the pad token, whatever the mask says about it.
-    readable = kept | (ids == (-1 if config.pad_token_id is None else config.pad_token_id))
+    readable = kept | (ids == (-1 if config.pad_token_id is None else config.pad_token_id)) | (not pooled)
     if not ((starts.sum(dim=1) == 1).all() and readable.all()):
         return None
+    if places is not None and not torch.equal(places[kept], (kept.cumsum(dim=1) - 1)[kept]):
+        return None  # positions of their own, which a tree would not have
     tree = prefix_tree([row[own].tolist() for row, own in zip(ids, kept, strict=True)])
     # A mask with four dimensions is handed down by `transformers` as it is. Without it positions that begin again
     # would be taken for packed sequences, and an N x N mask be made.
@@ -176,9 +183,9 @@ def out_of_tree(base: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, 
 
 
 def share_prefixes(model: PreTrainedModel) -> bool:
-    """Let a reward model on a CPU compute every prefix in a batch once, and no padding.
+    """Let a reward model or a policy on a CPU compute every prefix in a batch once, and no padding.
 
-    Rewards and gradients are the same up to rounding: under causal attention a token does not know what comes after
+    Rewards, log-probabilities and gradients are the same up to rounding: under causal attention a token does not know what comes after
     it. The model stays one of `transformers`: copies and pickles of it do the same with their own weights, and a saved
     one is a plain one.
 
@@ -186,7 +193,7 @@ def share_prefixes(model: PreTrainedModel) -> bool:
         Whether the model does so now; architectures whose attention is another one stay as they are.
     """
     config, base = model.config, model.base_model
-    if into_tree in base._forward_pre_hooks.values():
+    if config._attn_implementation == ATTENTION:
         return True
     windowed = getattr(config, "sliding_window", None) or not getattr(config, "is_causal", True)
     if config.model_type not in TREE_MODELS or windowed or config._attn_implementation != "sdpa":
@@ -194,6 +201,7 @@ def share_prefixes(model: PreTrainedModel) -> bool:
     model.set_attn_implementation(ATTENTION)
     # Hooks and not another `forward`: a method bound to this model would compute with its weights in every copy. They
     # are functions of this file, so that pickle finds them.
-    base.register_forward_pre_hook(into_tree, with_kwargs=True)
+    pooled = type(model).__name__.endswith("ForSequenceClassification")
+    base.register_forward_pre_hook(partial(into_tree, pooled=pooled), with_kwargs=True)
     base.register_forward_hook(out_of_tree, with_kwargs=True)
     return True

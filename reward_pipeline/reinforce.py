@@ -7,7 +7,7 @@ KL and entropies are fp32, in nats.
 import contextlib
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -84,18 +84,15 @@ def has_ended(completions: torch.Tensor, end_ids: Sequence[int]) -> torch.Tensor
     return torch.isin(completions, torch.tensor(end_ids, device=completions.device)).any(dim=1)
 
 
-def log_probabilities(
+def token_distributions(
     model: torch.nn.Module, completions: Completions, temperature: float, dtype: torch.dtype | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probabilities of the sampled tokens, and entropies of the distributions they come from.
+) -> torch.Tensor:
+    """(B, T, V) log-probabilities of every token that could have been sampled at each place of the completions.
 
     Args:
         model: a causal language model of `transformers`, or what accelerate made of one.
         temperature: that of the sampling; the logits are divided by it.
         dtype: of autocast; None computes in fp32.
-
-    Returns:
-        (B, T) each, the second without gradient; after the end of a completion they have no meaning.
     """
     ids, attention_mask, mask, _, _ = completions
     # Prompts are padded on the left: without positions of their own, their first token would not be at place 0.
@@ -110,11 +107,23 @@ def log_probabilities(
         ).logits
     # The logits at one place are those of the next token, so the last ones say nothing about the completion. Softmax in
     # fp32: bf16 has three digits, and two policies that are one update apart differ by less.
-    everything = (logits[:, :-1].float() / temperature).log_softmax(dim=-1)
-    sampled = everything.gather(2, ids[:, -mask.shape[1] :, None]).squeeze(2)
-    with torch.no_grad():
-        entropy = torch.special.entr(everything.exp()).sum(dim=2)
-    return sampled, entropy
+    return (logits[:, :-1].float() / temperature).log_softmax(dim=-1)
+
+
+def log_probabilities(distributions: torch.Tensor, completions: Completions) -> torch.Tensor:
+    """(B, T) those of the sampled tokens, from the (B, T, V) of `token_distributions`.
+
+    After the end of a completion they have no meaning.
+    """
+    return distributions.gather(2, completions.ids[:, -distributions.shape[1] :, None]).squeeze(2)
+
+
+@torch.no_grad()
+def entropies(distributions: torch.Tensor) -> torch.Tensor:
+    """(B, T) of (B, T, V) distributions, without gradient; after the end of a completion they have no meaning."""
+    # `torch.special.entr` takes the logarithm anew, and eight times as long. 0 times a large number is 0, 0 times
+    # infinity is not a number.
+    return -(distributions.exp() * distributions.clamp(min=torch.finfo(torch.float32).min)).sum(dim=2)
 
 
 # --- rewards, baseline, loss -----------------------------------------------------------------------------------------
@@ -156,6 +165,16 @@ def reinforce_loss(log_probs: torch.Tensor, mask: torch.Tensor, advantages: torc
     return -(advantages.detach() * log_probs.masked_fill(~mask, 0).sum(dim=1)).mean()
 
 
+def leave_one_out(rewards: torch.Tensor, completions_per_prompt: int) -> torch.Tensor:
+    """(B,) the mean reward of the *other* completions of the same prompt: RLOO's baseline (arXiv 2402.14740, Eq. 9).
+
+    Args:
+        rewards: (B,), the completions of a prompt next to each other.
+    """
+    groups = rewards.view(-1, completions_per_prompt)
+    return ((groups.sum(dim=1, keepdim=True) - groups) / (completions_per_prompt - 1)).flatten()
+
+
 def baseline_value(kind: str, state: dict[str, float], first: float, ema_decay: float) -> float:
     """b for the coming step.
 
@@ -190,58 +209,74 @@ def warmed_up(learning_rate: float, warmup_steps: int, step: int) -> float:
     return learning_rate * min(1.0, step / max(warmup_steps, 1))
 
 
-def step_seed(seed: int, step: int, part: int) -> int:
-    """Seed of the random numbers of a step (0: the evaluation) in a process, or of a batch of the evaluation.
+def random_seeds(count: int, *numbers: int) -> list[int]:
+    """Seeds of so many completions, from the seed of the run, the step (0: the evaluation) and the process.
 
     They follow from these numbers alone, so a resumed run draws what an undisturbed one would have drawn.
     """
-    return int(np.random.SeedSequence([seed, step, part]).generate_state(1)[0])
+    return np.random.SeedSequence(numbers).generate_state(count, np.uint64).tolist()
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------
 
 
+COLUMNS = ("score", "reward", "advantage", "kl", "entropy", "tokens", "ended")  # of a completion
+
+
 def completion_figures(
-    completions: Completions, scores: torch.Tensor, rewards: torch.Tensor, kl: torch.Tensor, entropy: torch.Tensor
+    completions: Completions,
+    scores: torch.Tensor,
+    rewards: torch.Tensor,
+    advantages: torch.Tensor,
+    kl: torch.Tensor,
+    entropy: torch.Tensor,
+    parts: Sequence[torch.Tensor] = (),
 ) -> torch.Tensor:
-    """(B, 6) fp32, a row a completion: score, R, KL, entropy summed over its tokens, tokens, whether it ended.
+    """(B, 7 + parts) fp32, a row a completion: the `COLUMNS`, entropy summed over its tokens, and the parts.
 
     Args:
-        scores, rewards, kl: (B,).
+        scores, rewards, advantages, kl: (B,).
         entropy: (B, T).
+        parts: (B,) each, what else is to be logged.
     """
     mask = completions.mask
     summed = entropy.masked_fill(~mask, 0).sum(dim=1)
-    columns = [scores, rewards, kl, summed, mask.sum(dim=1), completions.ended]
+    columns = [scores, rewards, advantages, kl, summed, mask.sum(dim=1), completions.ended, *parts]
     return torch.stack([column.detach().float() for column in columns], dim=1)
 
 
-def step_figures(table: torch.Tensor, baseline: float) -> dict[str, float]:
-    """What is logged of an update, from the (N, 6) of `completion_figures` over all processes.
+def step_figures(table: torch.Tensor, parts: Iterable[str] = ()) -> dict[str, float]:
+    """What is logged of an update, from the (N, 7 + parts) of `completion_figures` over all processes.
+
+    Args:
+        parts: names of the columns after the `COLUMNS`.
 
     Returns:
-        Means over completions: `score` by the reward model and its `score_std`, `reward` R and `advantage_std` of
-        R - baseline, `kl` (nats to the reference), `length` (tokens), `ended` (share); means over tokens:
-        `kl_per_token`, `entropy`; and `baseline`.
+        Means over completions: `score` and its `score_std`, `reward` R, `advantage_std`, `baseline`, `kl` (nats to the
+        reference), `length` (tokens), `ended` (share), the parts; means over tokens: `kl_per_token`, `entropy`.
     """
-    scores, rewards, kl, entropy, tokens, ended = table.cpu().double().unbind(dim=1)  # MPS has no float64
+    # MPS has no float64
+    columns = dict(zip((*COLUMNS, *parts), table.cpu().double().unbind(dim=1), strict=True))
+    means = {name: column.mean().item() for name, column in columns.items()}
     return {
-        "score": scores.mean().item(),
-        "score_std": scores.std(correction=0).item(),
-        "reward": rewards.mean().item(),
-        "baseline": baseline,
-        "advantage_std": rewards.std(correction=0).item(),  # b is the same for all, so it does not matter here
-        "kl": kl.mean().item(),
-        "kl_per_token": (kl.sum() / tokens.sum()).item(),
-        "entropy": (entropy.sum() / tokens.sum()).item(),
-        "length": tokens.mean().item(),
-        "ended": ended.mean().item(),
+        "score": means["score"],
+        "score_std": columns["score"].std(correction=0).item(),
+        "reward": means["reward"],
+        "baseline": means["reward"] - means["advantage"],
+        "advantage_std": columns["advantage"].std(correction=0).item(),
+        "kl": means["kl"],
+        "kl_per_token": means["kl"] / means["tokens"],
+        "entropy": means["entropy"] / means["tokens"],
+        "length": means["tokens"],
+        "ended": means["ended"],
+        **{name: means[name] for name in parts},
     }
 
 
 def non_finite_places(table: torch.Tensor, places: Sequence[str]) -> list[str]:
-    """Those of the B places whose R is not finite, by the (B, 6) of `completion_figures`."""
-    return [place for place, fine in zip(places, table[:, 1].isfinite().tolist(), strict=True) if not fine]
+    """Those of the B places whose R is not finite, by the table of `completion_figures`."""
+    rewards = table[:, COLUMNS.index("reward")]
+    return [place for place, fine in zip(places, rewards.isfinite().tolist(), strict=True) if not fine]
 
 
 def check_figures(figures: dict[str, float], step: int, max_kl: float, places: Sequence[str] = ()) -> None:

@@ -2,41 +2,25 @@
 
 import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import gather_object
 from datasets import Dataset
 from tqdm.auto import tqdm
 from transformers import GenerationConfig
 
+from reward_pipeline.constraints import constrain
 from reward_pipeline.conversations import Messages, encode_prompt
-from reward_pipeline.devices import autocast
-from reward_pipeline.files import InputError, at_places
+from reward_pipeline.files import InputError
 from reward_pipeline.models import positions
 from reward_pipeline.pairs import draw
 from reward_pipeline.processes import together
-from reward_pipeline.reinforce import (
-    REMEDY,
-    Completions,
-    DivergedError,
-    completion_mask,
-    has_ended,
-    log_probabilities,
-    sequence_kl,
-    step_seed,
-)
-
-
-class PolicyPrompt(NamedTuple):
-    """A prompt as messages, and as the ids that come before its completion."""
-
-    messages: Messages
-    ids: list[int]
-    place: str  # the first pair with it, for messages
+from reward_pipeline.reinforce import Completions, log_probabilities, random_seeds, sequence_kl, token_distributions
+from reward_pipeline.sampling import PolicyPrompt, sample
 
 
 class Answers(NamedTuple):
@@ -97,6 +81,25 @@ def read_prompts(
     return train, [validation[index] for index in draw(len(validation), evaluated, seed)]
 
 
+def constrained(
+    prompts: Sequence[PolicyPrompt], tokenizer: Any, max_length: int, seed: int, share: float, held_out: bool
+) -> list[PolicyPrompt]:
+    """The prompts, a share of them with a constraint joined to it that a rule checks, where that leaves room.
+
+    Args:
+        max_length: in tokens, template included; a prompt that would be longer stays as it is.
+        seed: of which ones, and of their constraints.
+        held_out: in wordings that no training sees.
+    """
+    chosen, made = draw(len(prompts), round(share * len(prompts)), seed), [*prompts]
+    for number, index in enumerate(chosen):
+        messages, constraint = constrain(prompts[index].messages, number, seed, held_out)
+        ids = encode_prompt(tokenizer, messages)
+        if len(ids) <= max_length:
+            made[index] = PolicyPrompt(messages, ids, prompts[index].place, constraint)
+    return made
+
+
 def batches(prompts: Sequence[PolicyPrompt], size: int, seed: int) -> Iterator[list[PolicyPrompt]]:
     """Endless batches of `size` prompts: every pass in its own order, the same for the same seed."""
     order: list[int] = []
@@ -105,19 +108,6 @@ def batches(prompts: Sequence[PolicyPrompt], size: int, seed: int) -> Iterator[l
         while len(order) >= size:
             yield [prompts[index] for index in order[:size]]
             del order[:size]
-
-
-def sampling_config(max_new_tokens: int, temperature: float, end_ids: list[int], pad_id: int) -> GenerationConfig:
-    """Plain sampling from the distribution that is scored: no top-k, top-p or penalties."""
-    return GenerationConfig(
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=end_ids,
-        pad_token_id=pad_id,
-    )
 
 
 def check_room(model: Any, name: str, length: int) -> None:
@@ -129,69 +119,6 @@ def check_room(model: Any, name: str, length: int) -> None:
     room = positions(model)
     if length > room:
         raise InputError(f"--max_prompt_length and --max_new_tokens are more than the {room} tokens that {name} takes")
-
-
-def refuse_non_finite(prompts: Sequence[PolicyPrompt]) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """Logits processor that changes nothing; drawing from NaN would end in an obscure error."""
-
-    def refuse(ids: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        finite = logits.isfinite().all(dim=1).tolist()
-        if not all(finite):
-            places = [prompt.place for prompt, fine in zip(prompts, finite, strict=True) if not fine]
-            raise DivergedError(f"the policy's logits are not finite{at_places(places)}; {REMEDY}")
-        return logits
-
-    return refuse
-
-
-@torch.no_grad()
-def sample(
-    policy: Any,
-    tokenizer: Any,
-    prompts: Sequence[PolicyPrompt],
-    config: GenerationConfig,
-    dtype: torch.dtype | None,
-    seed: int,
-) -> Completions:
-    """One completion for each of B prompts, the same for the same seed.
-
-    Args:
-        policy: model of `transformers`; not the wrapper of accelerate, which can not generate.
-        config: of `sampling_config`.
-        dtype: of autocast; None computes in fp32.
-
-    Raises:
-        DivergedError: the policy's logits are not finite.
-    """
-    set_seed(seed)
-    device, width = policy.device, max(len(prompt.ids) for prompt in prompts)
-    padding = [width - len(prompt.ids) for prompt in prompts]
-    rows = [[config.pad_token_id] * pad + prompt.ids for pad, prompt in zip(padding, prompts, strict=True)]
-    masks = [[0] * pad + [1] * len(prompt.ids) for pad, prompt in zip(padding, prompts, strict=True)]
-    prompt_mask = torch.tensor(masks, device=device)
-    # `generate` fills in what `config` leaves open from the model's own generation settings: penalties, suppressed
-    # tokens. The samples would then come from another distribution than the one whose log-probabilities are taken.
-    own, policy.generation_config = policy.generation_config, config
-    try:
-        with autocast(device, dtype):
-            ids = policy.generate(
-                torch.tensor(rows, device=device),
-                attention_mask=prompt_mask,
-                generation_config=config,
-                logits_processor=[refuse_non_finite(prompts)],
-            )
-    finally:
-        policy.generation_config = own
-    completions = ids[:, width:]
-    mask = completion_mask(completions, config.eos_token_id)
-    kept = [row[keep].tolist() for row, keep in zip(completions, mask, strict=True)]
-    return Completions(
-        ids=ids,
-        attention_mask=torch.cat([prompt_mask, mask.long()], dim=1),
-        mask=mask,
-        ended=has_ended(completions, config.eos_token_id),
-        texts=tokenizer.batch_decode(kept, skip_special_tokens=True),
-    )
 
 
 def sample_row(
@@ -208,9 +135,9 @@ def sample_row(
 def answers_of(
     accelerator: Accelerator,
     tokenizer: Any,
-    reference: Any,
     policy: Any,
     *,
+    reference: Any | None,
     prompts: Sequence[PolicyPrompt],
     config: GenerationConfig,
     dtype: torch.dtype | None,
@@ -225,8 +152,8 @@ def answers_of(
 
     Args:
         policy, tokenizer, config, dtype: as for `sample`.
-        reference: what the KL is measured to.
-        batch_size: prompts answered at once. Random numbers are drawn batch by batch, so it changes the answers.
+        reference: what the KL is measured to; for None it is left at 0.
+        batch_size: prompts answered at once.
         micro_batch_size: completions whose log-probabilities are taken at once.
         title: of the progress bar.
 
@@ -234,25 +161,30 @@ def answers_of(
         DivergedError: the policy's logits are not finite.
     """
     first, stride = accelerator.process_index, accelerator.num_processes
+    by_length = sorted(range(len(prompts)), key=lambda number: len(prompts[number].ids))  # little is padded then
+    seeds = random_seeds(len(prompts), seed, 0, 0)
+    batches = [by_length[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
 
     @torch.no_grad()
     def own_share() -> list[tuple[int, str, int, bool, float]]:
         """Place of the prompt, text, tokens, whether it ended, and KL of each answer of this process."""
-        rows = []
-        starts = range(0, len(prompts), batch_size)[first::stride]
-        for start in tqdm(starts, desc=title, unit=" batches", disable=not accelerator.is_main_process):
-            sampled = sample(
-                policy, tokenizer, prompts[start : start + batch_size], config, dtype, step_seed(seed, 0, start)
-            )
-            kl: list[float] = []
-            for place in range(0, len(sampled.texts), micro_batch_size):
-                part = sampled.part(place, micro_batch_size)
+        rows: list[tuple[int, str, int, bool, float]] = []
+        own = range(len(batches))[first::stride]
+        for number in tqdm(own, desc=title, unit=" batches", disable=not accelerator.is_main_process):
+            asked = [prompts[place] for place in batches[number]]
+            sampled = sample(policy, tokenizer, asked, config, dtype, [seeds[place] for place in batches[number]])
+            kl = [0.0] * len(asked)
+            for start in range(0, len(asked) if reference else 0, micro_batch_size):
+                part = sampled.part(start, micro_batch_size)
+                # Not the log-probabilities of the sampling: in bf16 those of a token alone and of a whole completion
+                # differ in the third digit, which would look like a KL.
                 log_probs, others = (
-                    log_probabilities(model, part, config.temperature, dtype)[0] for model in (policy, reference)
+                    log_probabilities(token_distributions(model, part, config.temperature, dtype), part)
+                    for model in (policy, reference)
                 )
-                kl += sequence_kl(log_probs, others, part.mask).tolist()
+                kl[start : start + micro_batch_size] = sequence_kl(log_probs, others, part.mask).tolist()
             columns = sampled.texts, sampled.mask.sum(dim=1).tolist(), sampled.ended.tolist(), kl
-            rows += [(start + place, *row) for place, row in enumerate(zip(*columns, strict=True))]
+            rows += zip(batches[number], *columns, strict=True)
         return rows
 
     _, texts, lengths, ended, kl = zip(*sorted(gather_object(together(own_share))), strict=True)

@@ -62,10 +62,7 @@ def bootstrap_interval(values: np.ndarray, groups: Groups | None = None) -> list
     count = len(sums)
     if count < 2:
         return None
-    # The plain 2.5 and 97.5 % percentiles are too narrow for few groups: those of 5 normal values cover their mean in
-    # 84 % of cases. Resamples spread by a factor sqrt((n - 1) / n) too little, and by the normal distribution where
-    # Student's is wider; so the percentiles move outwards by both (Hesterberg 2015, arXiv 1411.5279).
-    tail = scipy.stats.norm.cdf(-math.sqrt(count / (count - 1)) * scipy.stats.t.ppf(0.975, count - 1))
+    tail = expanded_tail(count)
     interval = scipy.stats.bootstrap(
         (sums, sizes),  # drawn together, so that a mean is that of all values in the drawn groups
         lambda sums, sizes, axis: sums.sum(axis=axis) / sizes.sum(axis=axis),
@@ -78,6 +75,57 @@ def bootstrap_interval(values: np.ndarray, groups: Groups | None = None) -> list
         rng=0,
     ).confidence_interval
     return [float(interval.low), float(interval.high)]
+
+
+def expanded_tail(count: int, parameters: int = 1) -> float:
+    """Share of the resamples to leave out on either side of a 95 % bootstrap interval.
+
+    2.5 % would make it too narrow for few groups: the interval of 5 normal values covers their mean in 84 % of cases.
+    Resamples spread by a factor sqrt((n - p) / n) too little, and by the normal distribution where Student's is wider;
+    so the percentiles move outwards by both (Hesterberg 2015, arXiv 1411.5279).
+
+    Args:
+        count: of the groups, n.
+        parameters: what is fitted to them, p; a mean is one.
+    """
+    free = count - parameters
+    return float(scipy.stats.norm.cdf(-math.sqrt(count / free) * scipy.stats.t.ppf(0.975, free)))
+
+
+RIDGE = 1e-4  # of the squared slopes: counts that hardly ever differ, or always together, still have a solution
+
+
+def adjusted_mean(values: np.ndarray, covariates: np.ndarray) -> tuple[float, list[float] | None]:
+    """What the mean of N values would be where all covariates are 0: the intercept of a least-squares regression.
+
+    Args:
+        values: (N,), such as differences in reward between two answers to each prompt.
+        covariates: (N, F), such as the differences in form between them.
+
+    Returns:
+        The intercept and its 95 % bootstrap interval over the N; None instead of the interval where N is not at least
+        twice the number of covariates that differ from 0.
+    """
+    scale = np.sqrt(np.mean(np.square(covariates), axis=0))
+    used = scale > 0
+    design = np.column_stack([np.ones(len(values)), covariates[:, used] / scale[used]])
+    penalty = len(values) * RIDGE * np.diag([0.0, *np.ones(used.sum())])
+    # Sums over a resample are sums over the N weighted by how often each was drawn, so that all resamples are one
+    # product of matrices.
+    squares = np.einsum("ni,nj->nij", design, design).reshape(len(values), -1)
+    products = design * np.asarray(values)[:, None]
+
+    def intercepts(weights: np.ndarray) -> np.ndarray:
+        left = (weights @ squares).reshape(-1, design.shape[1], design.shape[1]) + penalty
+        return np.linalg.solve(left, (weights @ products)[:, :, None])[:, 0, 0]
+
+    estimate = float(intercepts(np.ones((1, len(values))))[0])
+    if len(values) < 2 * design.shape[1]:
+        return estimate, None
+    drawn = np.random.default_rng(0).multinomial(len(values), np.full(len(values), 1 / len(values)), RESAMPLES)
+    tail = expanded_tail(len(values), design.shape[1])
+    low, high = np.quantile(intercepts(drawn.astype(float)), [tail, 1 - tail])
+    return estimate, [float(low), float(high)]
 
 
 def paired_p_value(differences: np.ndarray, groups: Groups | None = None) -> float:

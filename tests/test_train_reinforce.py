@@ -32,7 +32,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from reward_pipeline import devices, evaluator, reinforce, rollouts
+from reward_pipeline import devices, evaluator, reinforce, rollouts, sampling
 from reward_pipeline.evaluator import RewardModelEvaluator
 from reward_pipeline.models import REWARD_FORMAT, load_reward_model
 from reward_pipeline.runs import held_output
@@ -382,11 +382,11 @@ TWO_PROCESSES = """
 import runpy, sys, zlib
 import numpy as np
 import torch
-from reward_pipeline import devices, evaluator, rollouts
+from reward_pipeline import devices, evaluator, rollouts, sampling
 from reward_pipeline.reinforce import Completions, completion_mask, has_ended
 
 
-def sample(policy, tokenizer, prompts, config, dtype, seed):
+def sample(policy, tokenizer, prompts, config, dtype, seeds):
     '''Completions that follow from their prompts alone, so that it does not matter which process draws them.'''
     width = max(len(prompt.ids) for prompt in prompts)
     pads = [width - len(prompt.ids) for prompt in prompts]
@@ -400,7 +400,7 @@ def sample(policy, tokenizer, prompts, config, dtype, seed):
     return Completions(torch.cat([before, completions], dim=1), attention, mask, has_ended(completions, [2]), texts)
 
 
-rollouts.sample = sample
+rollouts.sample = sampling.sample = sample
 devices.autocast_dtype = evaluator.autocast_dtype = lambda device: None
 sys.argv = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
@@ -414,7 +414,8 @@ def test_two_processes_do_what_one_does(toy, tmp_path, monkeypatch):
     script = ROOT / "train_reinforce.py"
     more = ["--micro_batch_size", 2]  # two micro-batches in each of two processes
     printed = in_processes(2, wrapper, script, *flags(toy, tmp_path / "two", *more))
-    monkeypatch.setattr(rollouts, "sample", rollouts.sample)  # so that it is put back
+    for module in (rollouts, sampling):
+        monkeypatch.setattr(module, "sample", sampling.sample)  # so that it is put back
     monkeypatch.setattr("sys.argv", [str(wrapper), str(script), *flags(toy, tmp_path / "one", *more)])
     runpy.run_path(str(wrapper), run_name="__main__")
     one, two = timeless(tmp_path / "one"), timeless(tmp_path / "two")
