@@ -8,7 +8,8 @@ Out: `reinforce_output/`: the policy (a plain `from_pretrained` directory), `eva
     python train_reinforce.py
     python train_reinforce.py --steps 50 --kl_coefficient 0.1 --baseline ema --output_dir other_output
     python train_reinforce.py --reward_model judge_1 --second_judge judge_2
-    python train_reinforce.py --reward_model none --reward_function reward_pipeline.constraints:kept --constrained_share 1
+    python train_reinforce.py --reward_model none --reward_function reward_pipeline.constraints:kept \\
+        --constrained_share 1 --output_dir constraints_output
     accelerate launch train_reinforce.py
 
 A whole completion is one action. With reward model r, policy pi, frozen SFT reference pi_ref and baseline b
@@ -101,7 +102,9 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """Flags over constants."""
     parser = Parser(__doc__)
     parser.flag("model", MODEL, filled_text, "SFT model: hub id or local directory")
-    parser.flag("reward_model", REWARD_MODEL, filled_text, "directory or hub id of the reward model; none: there is none")
+    parser.flag(
+        "reward_model", REWARD_MODEL, filled_text, "directory or hub id of the reward model; none: there is none"
+    )
     parser.flag("second_judge", None, filled_text, "reward model that judges before and after, but does not train")
     parser.flag("data", DATA, filled_text, "directory written by load_helpsteer_dataset.py")
     parser.flag("output_dir", OUTPUT_DIR, filled_text, "directory for the policy")
@@ -206,7 +209,9 @@ def main() -> None:
     end_ids = models.end_token_ids(policy, tokenizer)
     config = sampling.sampling_config(options.max_new_tokens, options.temperature, end_ids, tokenizer.pad_token_id)
     sample = partial(sampling.sample, tokenizer=tokenizer, config=config, dtype=dtype)
-    sft_seeds = dict(zip([each.place for each in prompts], reinforce.random_seeds(len(prompts), options.seed, 0, 1), strict=True))
+    sft_seeds = dict(
+        zip([each.place for each in prompts], reinforce.random_seeds(len(prompts), options.seed, 0, 1), strict=True)
+    )
 
     settings = vars(options) | {"evaluation_batch_size": EVALUATION_BATCH_SIZE, "processes": processes}
     settings |= {"base_model": sft.origin}
@@ -359,21 +364,13 @@ def main() -> None:
         # --- result: made whole, and only then put into place
         with runs.staging_directory(output) as staging:
             if first:
-                sides = unseen, before, after
-                opinions = {
-                    "reward": policy_metrics.compare_answers(judge, *sides) if judge else None,
-                    "second_judge": policy_metrics.compare_answers(second_judge, *sides) if second_judge else None,
-                    "function": policy_metrics.compare_by_function(*function, *sides) if function else None,
-                }
-                results = policy_metrics.evaluation(before, after, opinions, metadata["form_model"])
-                results |= policy_metrics.constraint_figures(constrained, kept_before, kept_after)
-                samples = policy_metrics.sample_rows(*sides, opinions)
-                kept = policy_metrics.sample_rows(constrained, kept_before, kept_after, {})
+                sides = unseen, (before, after), constrained, (kept_before, kept_after)
+                outcome = policy_metrics.outcome(*sides, judge, second_judge, function, metadata["form_model"])
+                results = outcome.results
                 with models.quiet_transformers():
                     policy.save_pretrained(staging)
                     models.save_tokenizer(tokenizer, staging, policy)
-                rows = samples, kept, settings, log
-                policy_metrics.write_policy_results(staging, before, after, opinions, results, *rows)
+                policy_metrics.write_policy_results(staging, outcome, settings, log)
                 runs.publish(staging, output)
                 final = {f"final/{name}": value for name, value in results.items() if isinstance(value, int | float)}
                 accelerator.log(final, step=options.steps)
@@ -446,8 +443,8 @@ def report(results: dict, output: Path) -> str:
     )
     if constraints:
         lines.append(
-            f"constraints   {results['constraint_pass_before']:.3f} -> {results['constraint_pass_after']:.3f} kept, gain "
-            f"{difference(results['constraint_pass_gain'], results['constraint_pass_gain_interval'])}, "
+            f"constraints   {results['constraint_pass_before']:.3f} -> {results['constraint_pass_after']:.3f} kept, "
+            f"gain {difference(results['constraint_pass_gain'], results['constraint_pass_gain_interval'])}, "
             f"n = {results['constraint_n']}"
         )
     lines.append(

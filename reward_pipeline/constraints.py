@@ -1,10 +1,11 @@
-"""Rewards that can be verified: a sentence joined to a prompt asks for something that a rule can check.
+"""Rewards that a rule can check: a prompt asks for a form, and whether the answer has it needs no model.
 
-As in IFEval (arXiv 2311.07911) and RLVR (arXiv 2411.15124), but with constraints that an answer of 64 tokens can keep,
-and several wordings of each: a policy trained on some is evaluated on others. What a rule checks, it checks to the
-letter; whether the answer is any good, no rule of these can tell.
+As in IFEval (arXiv 2311.07911) and the verifiable rewards of Tülu 3 (arXiv 2411.15124), a sentence with a constraint is
+joined to a prompt. An answer of 64 tokens can keep each of them. A rule does not ask whether an answer is a good one,
+but where one line can tell that nothing was answered, it does: a policy finds the cheapest way to keep a rule.
 """
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Sequence
@@ -12,257 +13,463 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from reward_pipeline.conversations import Messages, Response, response_text
+from reward_pipeline.conversations import Messages, Prompt, Response, response_text
 
-Value = str | int | None  # the argument of a constraint, such as a word or a number
-
-ENDINGS = ("Is there anything else?", "That is all I know.", "Hope this helps!", "Stay curious.", "The end.")
-OPENINGS = ("Well", "Indeed", "Yes", "Listen", "Briefly")
-KEYWORDS = ("today", "simple", "people", "water", "music", "future", "small", "green")  # where a prompt has no word
-COMMON_WORDS = ("the", "and", "is", "of", "to", "a")
-LEAST_WORDS = 3  # of an answer that is to leave something out: one word leaves out nearly everything
-WORD = re.compile(r"[^\W\d_]+(?:['’-][^\W\d_]+)*")
-BULLET = re.compile(r"^[ \t]*[-*•][ \t]+\S", re.MULTILINE)
-# A mark and then white space or the end. Decimals have none after them; "e.g. this" is counted as two sentences, which
-# only a model of the language would know better.
-SENTENCE_END = re.compile(r"[.!?…]+[\"”’')\]]*(?=\s|$)")
+Value = str | int | None  # the argument of a constraint: a word, a phrase, a number, or nothing
 
 
 class Kind(NamedTuple):
-    """A kind of constraint; `{value}` in its wordings stands for the argument."""
+    """A kind of constraint. In its wordings `{value}` stands for the argument."""
 
-    wordings: tuple[str, ...]  # for training
-    held_out: tuple[str, ...]  # for evaluation alone
-    keeps: Callable[[str, Any], bool]  # of an answer without outer white space, which is not empty, and the argument
-    draw: Callable[[np.random.Generator, str], Value] = lambda generator, text: None  # from the text of the last turn
+    wordings: tuple[str, ...]
+    held_out: tuple[str, ...]  # wordings that training never sees
+    draw: Callable[[np.random.Generator, str], Value]  # the argument, for the text of a prompt's last turn
+    keeps: Callable[[str, Any], bool]  # of an answer without outer white space, and the argument
 
 
 class Constraint(NamedTuple):
-    """What an answer has to keep."""
+    """What one prompt asks for."""
 
     kind: str
     value: Value
 
 
-def _one_of(values: Sequence[Value]) -> Callable[[np.random.Generator, str], Value]:
-    return lambda generator, text: values[int(generator.integers(len(values)))]
+# --- what rules are made of ------------------------------------------------------------------------------------------
 
-
-def _keyword(generator: np.random.Generator, text: str) -> str:
-    """A longer word of the prompt."""
-    words = sorted({word.lower() for word in WORD.findall(text) if 4 <= len(word) <= 10}) or KEYWORDS
-    return words[int(generator.integers(len(words)))]
+DIFFERENT = 3  # words, that an answer needs where a single one would keep the rule as well
+SEPARATOR = "******"
+WORD = re.compile(r"[^\W_]+(?:['’][^\W_]+)*")
+MARKS = (".", "!", "?", "…")
+OPENING, CLOSING = "\"'“‘«([*_", "\"'”’»)]*_"  # around words, emphasis too
+ABBREVIATION = re.compile(r"(?:[^\W\d_]\.)+|(?:mr|mrs|ms|dr|prof|st|vs|etc|approx)\.", re.IGNORECASE)
+LIST_NUMBER = re.compile(r"\d{1,3}[.)]")
+ITEM = re.compile(r"(?P<number>\d{1,3})[.)] (?P<text>.+)")
+# Brackets may not hold others of their sort: each search ends at the next one, and the whole takes one pass.
+TITLE = re.compile(r"<<([^<>\n]+)>>")
+PLACEHOLDER = re.compile(r"\[([^\[\]\n]+)\](?!\()")  # not the text of a link
+BOLD = re.compile(r"\*\*([^*\n]+)\*\*")
+RUSSIAN = frozenset("абвгдеёжзийклмнопрстуфхцчшщъыьэюя")
+OTHER_CYRILLIC = frozenset("іїєґўјљњћђџѓќѕ")  # of Ukrainian, Belarusian, Serbian and Macedonian
 
 
 def _words(text: str) -> list[str]:
-    return [word.lower() for word in WORD.findall(text)]
+    """Words in lower case. The parts of a hyphened one count apart, or all-of-an-answer could be one word."""
+    return WORD.findall(text.casefold())
 
 
-def _sentences(text: str) -> int:
-    """Number of sentences; what follows the last mark counts as one, since a completion may be cut."""
-    rest = SENTENCE_END.split(text)[-1]
-    return len(SENTENCE_END.findall(text)) + bool(WORD.search(rest))
+def _has_word(text: str, word: str) -> bool:
+    """Whether a word is used, in any case, also before an apostrophe ("it's" has an "it")."""
+    return word.casefold() in re.findall(r"[^\W_]+", text.casefold())
 
 
-def _is_object(text: str) -> bool:
+def _says_something(text: str) -> bool:
+    return len(set(_words(text))) >= DIFFERENT
+
+
+def _are(items: Sequence[str], count: int) -> bool:
+    """Whether these are so many, each with a word in it and none of them twice."""
+    return len(items) == len({item.casefold() for item in items}) == count and all(map(_words, items))
+
+
+def _ends_sentence(token: str, following: str) -> bool:
+    bare = token.rstrip(CLOSING)
+    if bare.endswith(("..", "…")):
+        return not following[:1].islower()  # "Well... yes" is one sentence
+    return bare.endswith(MARKS) and not ABBREVIATION.fullmatch(bare.lstrip(OPENING))
+
+
+def _sentences(text: str) -> list[str]:
+    """Sentences of a text: they end with a mark before white space, and with the line.
+
+    A mark inside of a token ("3.14") ends none, nor does an abbreviation or an initial unless the line ends there, nor
+    the number of a list item. So a sentence with one at its end ("at 5 p.m. Then", "vitamin C. It") runs on into the
+    next, unlisted abbreviations end one, and scripts that leave no space after a mark have one sentence a line.
+    """
+    found = []
+    for line in text.splitlines():
+        tokens = line.split()
+        start = 0
+        for end, (token, following) in enumerate(itertools.pairwise([*tokens, ""]), start=1):
+            numbers_item = end == 1 and LIST_NUMBER.fullmatch(token)
+            if end == len(tokens) or (_ends_sentence(token, following) and not numbers_item):
+                found.append(" ".join(tokens[start:end]))
+                start = end
+    return [sentence for sentence in found if _words(sentence)]
+
+
+def _paragraphs(text: str) -> list[str]:
+    """Runs of lines that are not blank."""
+    groups = itertools.groupby(text.splitlines(), key=lambda line: bool(line.strip()))
+    return ["\n".join(lines) for filled, lines in groups if filled]
+
+
+def _bullets(text: str) -> list[str]:
+    """What follows the bullets. Stripped first, one without text is no bullet."""
+    return [line[2:].strip() for line in map(str.strip, text.splitlines()) if line.startswith(("- ", "* "))]
+
+
+def _keeps_sentences(text: str, count: int) -> bool:
+    # An answer that was cut off would be one long sentence.
+    return text.rstrip(CLOSING).endswith(MARKS) and len(_sentences(text)) == count
+
+
+def _keeps_numbered(text: str, count: int) -> bool:
+    items = [match for line in text.splitlines() if (match := ITEM.match(line.strip()))]
+    in_order = [item["number"] for item in items] == [str(number) for number in range(1, count + 1)]
+    return in_order and _are([item["text"] for item in items], count)
+
+
+def _keeps_json(text: str, _: None) -> bool:
     try:
         found = json.loads(text)
-    except (ValueError, RecursionError):  # the latter for thousands of brackets
+    except (ValueError, RecursionError):
         return False
-    return isinstance(found, dict) and bool(found)
+    return isinstance(found, dict) and any(value not in ("", None, [], {}) for value in found.values())
 
 
-def _lower(text: str, _: Value) -> bool:
-    return text == text.lower() and text != text.upper()  # some letters are needed
+def _keeps_question(text: str, _: None) -> bool:
+    last = "".join(_sentences(text)[-1:])
+    return last.rstrip(CLOSING).endswith("?") and _says_something(last)
 
 
-def _upper(text: str, _: Value) -> bool:
-    return text == text.upper() and text != text.lower()
+def _keeps_quotes(text: str, _: None) -> bool:
+    inside = text[1:-1]
+    # More of them inside: two quotations, with words between them that are in none.
+    return text[0] + text[-1] in ('""', "“”") and not set('"“”') & set(inside) and bool(_words(inside))
 
 
-def _without(pattern: str) -> Callable[[str, Value], bool]:
-    return lambda text, _: not re.search(pattern, text) and len(text.split()) >= LEAST_WORDS
+def _keeps_title(text: str, _: None) -> bool:
+    return any(map(_words, TITLE.findall(text))) and _says_something(TITLE.sub(" ", text))
 
 
-KINDS = {
-    "no_comma": Kind(
-        ("Do not use any commas.", "Write without commas.", "Your answer must not contain a comma."),
-        ("Avoid commas altogether.", "Commas are forbidden in your reply."),
-        _without(","),
+def _keeps_placeholders(text: str, count: int) -> bool:
+    names = {name.casefold() for name in PLACEHOLDER.findall(text)}
+    # "[x]" ticks a box, and "[1]" names a source.
+    filled = [name for name in names if sum(map(str.isalpha, name)) > 1]
+    return len(filled) >= count and _says_something(PLACEHOLDER.sub(" ", text))
+
+
+def _keeps_postscript(text: str, _: None) -> bool:
+    before, after = text.rpartition("P.S.")[::2]
+    return bool(_words(before)) and _says_something(after)
+
+
+def _keeps_same_ends(text: str, _: None) -> bool:
+    words = _words(text)
+    return _says_something(text) and words[0] == words[-1]
+
+
+def _keeps_russian(text: str, _: None) -> bool:
+    """By the script: Bulgarian is not told from Russian, and a quarter may be names and terms in Latin letters.
+
+    Statistics of letters would tell other languages too, but a few of their words make an English answer one of them.
+    """
+    letters = [letter for letter in text.casefold() if letter.isalpha()]
+    russian = sum(letter in RUSSIAN for letter in letters)
+    return _says_something(text) and 4 * russian >= 3 * len(letters) > 0 and not OTHER_CYRILLIC & set(letters)
+
+
+# --- arguments -------------------------------------------------------------------------------------------------------
+
+KEYWORD_LETTERS = range(5, 13)  # shorter words say little of what a prompt is about, longer ones take many tokens
+DULL = re.compile(
+    "about|above|after|again|answer|because|before|being|below|between|could|describe|doing|during|explain|following|"
+    "further|having|other|please|provide|question|should|their|theirs|there|these|those|through|under|until|using|"
+    "where|which|while|would|write|yours",
+    re.IGNORECASE,
+)
+OTHER_KEYWORDS = ("bridge", "coffee", "garden", "letter", "morning", "music", "river", "simple", "window", "winter")
+COMMON_WORDS = ("a", "and", "in", "is", "it", "of", "that", "the", "to", "you")
+FIRST_WORDS = ("Actually", "Certainly", "First", "Honestly", "Imagine", "Indeed", "Perhaps", "Simply", "Today", "Well")
+LAST_PHRASES = (
+    "Is there anything else?",
+    "I hope this helps.",
+    "Let me know if you need more.",
+    "That is all I know.",
+    "Any other questions?",
+    "Have a nice day!",
+)
+
+
+def _no_argument(generator: np.random.Generator, prompt: str) -> None:
+    return None
+
+
+def _one_of(values: Sequence[str | int]) -> Callable[[np.random.Generator, str], Value]:
+    return lambda generator, prompt: values[int(generator.integers(len(values)))]
+
+
+def _keyword(generator: np.random.Generator, prompt: str) -> str:
+    """A word of the prompt as it is written there; of a list where the prompt has none that would do."""
+    sized = (word for word in WORD.findall(prompt) if word.isalpha() and len(word) in KEYWORD_LETTERS)
+    # Without upper case there may be no spaces between words either: what looks like a word may be a whole sentence.
+    own = list(dict.fromkeys(word for word in sized if not DULL.fullmatch(word) and word.lower() != word.upper()))
+    words = own or list(OTHER_KEYWORDS)
+    return words[int(generator.integers(len(words)))]
+
+
+# --- kinds -----------------------------------------------------------------------------------------------------------
+
+KINDS: dict[str, Kind] = {
+    "no_commas": Kind(
+        ("Do not use any commas.", "Your answer must not contain a comma.", "Write it without commas."),
+        ("Refrain from using commas.", "There should be no comma anywhere in the reply."),
+        _no_argument,
+        lambda text, _: _says_something(text) and not set(",，、،") & set(text),
     ),
     "lower_case": Kind(
-        ("Write everything in lower case.", "Use lowercase letters only.", "Do not use any capital letters."),
-        ("Your whole reply should be lowercase.", "No uppercase letters are allowed."),
-        _lower,
+        ("Write in lower case only.", "Do not use capital letters.", "Your whole answer must be in lowercase letters."),
+        ("No uppercase letters are allowed in the reply.", "Reply in all lowercase."),
+        _no_argument,
+        lambda text, _: _says_something(text) and text == text.lower() != text.upper(),
     ),
-    "upper_case": Kind(
-        ("Write everything in capital letters.", "Use uppercase letters only.", "ANSWER IN ALL CAPS."),
-        ("Your whole reply should be in capitals.", "No lowercase letters are allowed."),
-        _upper,
+    "capitals": Kind(
+        ("Write in capital letters only.", "Answer in all caps.", "Your whole answer must be in upper case."),
+        ("Reply using uppercase letters exclusively.", "No lowercase letters are allowed in the reply."),
+        _no_argument,
+        lambda text, _: _says_something(text) and text == text.upper() != text.lower(),
     ),
-    "ending": Kind(
+    "ends_with": Kind(
         (
-            'End your answer with the exact phrase "{value}"',
-            'Finish with the words "{value}" and nothing after them.',
-            'The last words of your response must be "{value}"',
+            'End your answer with exactly this: "{value}"',
+            'The last words of your answer must be "{value}"',
+            'Finish with the phrase "{value}" and write nothing after it.',
         ),
-        ('Close your reply with "{value}"', 'Your reply has to stop right after "{value}"'),
-        lambda text, value: text.endswith(value) and len(text) > len(value),
-        _one_of(ENDINGS),
+        ('Close the reply with this exact phrase: "{value}"', 'Nothing may follow the closing words "{value}"'),
+        _one_of(LAST_PHRASES),
+        lambda text, value: text.endswith(value) and _says_something(text.replace(value, " ")),
     ),
-    "opening": Kind(
+    "begins_with": Kind(
         (
-            'Begin your answer with the word "{value}".',
-            'Start with "{value}".',
-            'The first word of your response must be "{value}".',
+            'Start your answer with the word "{value}".',
+            'The first word of your answer must be "{value}".',
+            'Begin with "{value}".',
         ),
-        ('Open your reply with the word "{value}".', 'Let "{value}" be the first word you write.'),
-        lambda text, value: _words(text)[:1] == [value.lower()] and len(_words(text)) > 1,
-        _one_of(OPENINGS),
+        ('Open the reply with the word "{value}".', 'Let "{value}" be the very first word you write.'),
+        _one_of(FIRST_WORDS),
+        lambda text, value: _says_something(text) and _words(text)[0] == value.casefold(),
+    ),
+    "same_ends": Kind(
+        (
+            "Start and end your answer with the same word.",
+            "The first and the last word of your answer must be the same.",
+            "Finish with the very word that you began with.",
+        ),
+        ("Let the reply open and close with one and the same word.", "Your final word has to repeat your first one."),
+        _no_argument,
+        _keeps_same_ends,
     ),
     "keyword": Kind(
         (
-            'Include the word "{value}" in your answer.',
-            'Use the word "{value}" at least once.',
-            'Your response must mention "{value}".',
+            'Use the word "{value}" in your answer.',
+            'Your answer must contain "{value}".',
+            'Mention the word "{value}".',
         ),
-        ('Make sure that "{value}" appears in your reply.', 'The word "{value}" has to be in it.'),
-        lambda text, value: value in _words(text) and len(_words(text)) >= LEAST_WORDS,
+        ('Make sure that "{value}" appears in the reply.', 'Work the keyword "{value}" into what you write.'),
         _keyword,
+        lambda text, value: _says_something(text) and _has_word(text, value),
     ),
-    "forbidden_word": Kind(
-        (
-            'Do not use the word "{value}".',
-            'Avoid the word "{value}".',
-            'Your answer must not contain the word "{value}".',
-        ),
-        ('The word "{value}" is forbidden.', 'Write your reply without the word "{value}".'),
-        lambda text, value: value not in _words(text) and len(_words(text)) >= LEAST_WORDS,
+    "avoids": Kind(
+        ('Do not use the word "{value}".', 'Answer without the word "{value}".', 'Never write the word "{value}".'),
+        ('The word "{value}" is forbidden in the reply.', 'Avoid "{value}" as a word altogether.'),
         _one_of(COMMON_WORDS),
+        lambda text, value: _says_something(text) and not _has_word(text, value),
+    ),
+    "one_sentence": Kind(
+        ("Answer in one sentence.", "Use exactly one sentence.", "Your answer must be a single sentence."),
+        ("Limit the reply to just one sentence.", "Put everything into one complete sentence."),
+        _no_argument,
+        lambda text, _: _keeps_sentences(text, 1),
     ),
     "sentences": Kind(
         (
-            "Answer in exactly {value} sentence(s).",
-            "Write {value} sentence(s), no more and no fewer.",
-            "Your answer should have {value} sentence(s).",
+            "Answer in exactly {value} sentences.",
+            "Your answer must have {value} sentences, no more and no less.",
+            "Use {value} sentences.",
         ),
-        ("Use precisely {value} sentence(s).", "Limit your reply to exactly {value} sentence(s)."),
-        lambda text, value: _sentences(text) == value,
-        _one_of((1, 2, 3)),
+        ("The reply should consist of precisely {value} sentences.", "Write {value} complete sentences in total."),
+        _one_of((2, 3, 4)),
+        _keeps_sentences,
     ),
-    "few_words": Kind(
-        (
-            "Use at most {value} words.",
-            "Answer in no more than {value} words.",
-            "Keep your answer under {value} words or at exactly {value}.",
-        ),
-        ("Your reply must not be longer than {value} words.", "{value} words are the maximum."),
-        lambda text, value: len(text.split()) <= value,
-        _one_of((5, 10, 15, 20)),
+    "words": Kind(
+        ("Use at most {value} words.", "Answer in {value} words or fewer.", "Do not write more than {value} words."),
+        ("Keep the reply to a maximum of {value} words.", "The word limit is {value}."),
+        _one_of((5, 10, 15, 20, 25)),
+        lambda text, value: 1 <= len(_words(text)) <= value,
     ),
     "bullets": Kind(
         (
-            'Answer with exactly {value} bullet points that start with "- ".',
-            'Write {value} bullet points, each on a line that starts with "- ".',
-            'Give a list of exactly {value} bullets ("- ").',
+            "Give exactly {value} bullet points, each on a line that starts with a dash.",
+            "Answer with a list of {value} bullets (- like this).",
+            "Your answer must contain {value} bullet points in Markdown.",
         ),
-        ('Your reply should have exactly {value} items with "- " in front.', 'List {value} points, using "- ".'),
-        lambda text, value: len(BULLET.findall(text)) == value,
+        ("Present it as {value} Markdown bullets.", 'List precisely {value} items, each beginning with "* ".'),
+        _one_of((2, 3, 4)),
+        lambda text, value: _are(_bullets(text), value),
+    ),
+    "numbered": Kind(
+        (
+            "Answer with a numbered list of exactly {value} items.",
+            "Give {value} items, numbered from 1.",
+            "Your answer must be a list with numbers (1., 2., ...) and {value} items.",
+        ),
+        ("Enumerate precisely {value} points.", "Number your points from 1 to {value}, each on its own line."),
+        _one_of((2, 3, 4)),
+        _keeps_numbered,
+    ),
+    "paragraphs": Kind(
+        (
+            "Write exactly {value} paragraphs, with a blank line between them.",
+            "Your answer must have {value} short paragraphs, separated by empty lines.",
+            "Use {value} paragraphs divided by two line breaks.",
+        ),
+        ("Split the reply into precisely {value} paragraphs.", "There should be {value} paragraphs in total."),
         _one_of((2, 3)),
+        lambda text, value: _are(_paragraphs(text), value),
     ),
     "json": Kind(
-        ("Answer with a JSON object only.", "Give your answer as JSON.", "Your whole response must be a JSON object."),
-        ("Format the entire reply as a JSON object.", "Reply in valid JSON and nothing else."),
-        lambda text, _: _is_object(text),
+        (
+            "Answer with a JSON object only.",
+            "Your whole answer must be valid JSON: one object.",
+            "Write one JSON object.",
+        ),
+        ("The reply has to parse as a JSON object.", "Output nothing but one JSON object, without code fences."),
+        _no_argument,
+        _keeps_json,
     ),
     "question": Kind(
-        ("End with a question.", "Finish your answer with a question.", "The last sentence must be a question."),
-        ("Close your reply by asking something.", "Your reply has to end with a question mark."),
-        lambda text, _: text.endswith("?") and len(text.split()) >= LEAST_WORDS,
+        ("End your answer with a question.", "Finish by asking me something.", "The last sentence must be a question."),
+        ("Close the reply with a question of your own.", "Let a question be the final thing you write."),
+        _no_argument,
+        _keeps_question,
     ),
-    "quotation": Kind(
+    "quotes": Kind(
         (
             "Put your whole answer in double quotation marks.",
-            "Wrap your response in double quotes.",
-            'Start and end your answer with a double quotation mark (").',
+            "Wrap the entire answer in double quotes.",
+            "Your answer must begin and end with a double quotation mark.",
         ),
-        ("Your entire reply should be enclosed in double quotes.", "Quote your full reply with double quotes."),
-        lambda text, _: text[:1] in ('"', "“") and text[-1:] in ('"', "”") and bool(WORD.search(text)),
+        ("Enclose everything you write in double quotes.", "The complete reply should stand between double quotes."),
+        _no_argument,
+        _keeps_quotes,
     ),
     "number": Kind(
-        ("Include at least one number in digits.", "Use a digit somewhere.", "Mention a number, written in digits."),
-        ("Your reply needs a number in numerals.", "At least one digit has to appear."),
-        lambda text, _: bool(re.search(r"\d", text)) and len(_words(text)) >= LEAST_WORDS,
+        (
+            "Use at least one number written in digits.",
+            "Your answer must contain a number, in digits.",
+            "Mention a number in figures, such as 7.",
+        ),
+        ("Include some numeral (0-9) in the reply.", "At least one digit has to appear in what you write."),
+        _no_argument,
+        lambda text, _: _says_something(text) and any(map(str.isdecimal, text)),
     ),
     "title": Kind(
         (
-            "Begin with a title in double angular brackets, such as <<my title>>.",
-            "Add a title wrapped in <<double angular brackets>>.",
-            "Your answer must contain a title like <<this>>.",
+            "Give your answer a title in double angular brackets, such as <<My title>>.",
+            "Your answer must have a title, wrapped like <<this>>.",
+            "Add a title between << and >>.",
         ),
-        ("Give your reply a title inside << and >>.", "Put a heading of the form <<heading>> into it."),
-        lambda text, _: bool(re.search(r"<<[^<>\n]*\w[^<>\n]*>>", text)),
+        ("Put a heading in << >> on top of the reply.", "The reply needs a title enclosed in double angle brackets."),
+        _no_argument,
+        _keeps_title,
     ),
-    "exclamation": Kind(
-        ("End with an exclamation mark.", "Finish your answer with an exclamation mark.", 'The last character must be "!".'),
-        ('Close your reply with "!".', "Your reply has to end with an exclamation mark."),
-        lambda text, _: text.endswith("!") and len(text.split()) >= LEAST_WORDS,
+    "placeholders": Kind(
+        (
+            "Use at least {value} placeholders in square brackets, such as [name].",
+            "Your answer must contain {value} or more different placeholders like [address].",
+            "Leave at least {value} blanks to fill in, written like [date].",
+        ),
+        (
+            "Include no fewer than {value} bracketed placeholders, for example [city].",
+            "At least {value} things should be left open as [placeholder] in the reply.",
+        ),
+        _one_of((2, 3)),
+        _keeps_placeholders,
+    ),
+    "bold": Kind(
+        (
+            "Highlight something in bold, like **this**.",
+            "Put at least one word in bold with Markdown.",
+            "Your answer must have a part in **bold**.",
+        ),
+        ("Emphasise a key phrase with double asterisks.", "Some words in the reply should be bold Markdown."),
+        _no_argument,
+        # Where all of it is bold, nothing is highlighted.
+        lambda text, _: any(map(_words, BOLD.findall(text))) and _says_something(BOLD.sub(" ", text)),
+    ),
+    "postscript": Kind(
+        (
+            "Add a postscript that starts with P.S.",
+            "At the end of your answer, write a postscript with P.S.",
+            'Your answer must end with a line that begins with "P.S."',
+        ),
+        ("Close with a P.S. of one line.", "Append a short postscript, marked P.S., to the reply."),
+        _no_argument,
+        _keeps_postscript,
+    ),
+    "two_answers": Kind(
+        (
+            f"Give two different answers, separated by {SEPARATOR}",
+            f"Answer twice, in different words, with {SEPARATOR} between the two.",
+            f"Write {SEPARATOR} between your first answer and a second one.",
+        ),
+        (f"Offer two alternatives with {SEPARATOR} (six asterisks) between.", f"Two replies, split by {SEPARATOR}"),
+        _no_argument,
+        lambda text, _: _are([answer.strip() for answer in text.split(SEPARATOR)], 2),
     ),
     "russian": Kind(
-        ("Answer in Russian.", "Write your response in the Russian language.", "Use Russian only."),
-        ("Reply in Russian, please.", "Отвечай по-русски."),
-        lambda text, _: _cyrillic_share(text) > 0.8,
+        ("Answer in Russian.", "Write your answer in the Russian language.", "Use only Russian."),
+        ("The reply should be in Russian, not in English.", "Ответь по-русски."),
+        _no_argument,
+        _keeps_russian,
     ),
-}  # fmt: skip
+}
 
 
-def _cyrillic_share(text: str) -> float:
-    """Of the letters. The script is what a rule can tell for sure of so short a text; other languages share theirs."""
-    letters = [letter for letter in text.lower() if letter.isalpha()]
-    return sum("а" <= letter <= "я" or letter == "ё" for letter in letters) / len(letters) if letters else 0.0
+# --- prompts and rewards ---------------------------------------------------------------------------------------------
 
 
 def keeps(constraint: Constraint, text: str) -> bool:
-    """Whether an answer keeps a constraint; outer white space aside. An empty one keeps none."""
-    stripped = text.strip()
-    return bool(stripped) and KINDS[constraint.kind].keeps(stripped, constraint.value)
+    """Whether an answer does what was asked. Outer white space does not matter, and an empty answer keeps nothing."""
+    text = text.strip()
+    return bool(text) and KINDS[constraint.kind].keeps(text, constraint.value)
 
 
 def constrain(messages: Messages, number: int, seed: int, held_out: bool) -> tuple[Messages, Constraint]:
-    """Messages with a constraint joined to their last turn, before or after its text; what comes in stays as it is.
+    """A prompt that also asks for a form, and which one.
 
     Args:
-        messages: end with a user turn of text.
-        number: of the prompt, by which the kinds take turns: all are equally frequent.
-        seed: of the order of the kinds, the arguments and wordings.
-        held_out: take a wording that no training sees.
+        messages: the last one is the user's.
+        number: of the prompt. As many prompts in a row as there are kinds have every kind once.
+        held_out: in one of the wordings that training never sees.
+
+    Returns:
+        New messages with the sentence after the text of the last one, or before it in a quarter of cases.
     """
-    kinds = [*KINDS]
-    name = kinds[np.random.default_rng([seed, number // len(kinds)]).permutation(len(kinds))[number % len(kinds)]]
-    generator, kind = np.random.default_rng([seed, number, 1]), KINDS[name]
+    names = list(KINDS)
+    name = names[np.random.default_rng(seed).permutation(len(names))[number % len(names)]]
+    kind = KINDS[name]
+    generator = np.random.default_rng([seed, number])
     text = messages[-1]["content"]
     value = kind.draw(generator, text)
     wordings = kind.held_out if held_out else kind.wordings
-    sentence = wordings[int(generator.integers(len(wordings)))].replace("{value}", str(value))
-    joined = (f"{text}\n\n{sentence}", f"{text} {sentence}", f"{sentence}\n\n{text}")[int(generator.integers(3))]
-    return [*messages[:-1], {**messages[-1], "content": joined}], Constraint(name, value)
+    sentence = wordings[int(generator.integers(len(wordings)))].format(value=value)
+    parts = [sentence, text] if generator.random() < 1 / 4 else [text, sentence]
+    separator = ("\n\n", " ")[int(generator.integers(2))]
+    return [*messages[:-1], {**messages[-1], "content": separator.join(parts)}], Constraint(name, value)
 
 
 def kept(
-    prompts: Sequence[Any],
+    prompts: Sequence[Prompt],
     completions: Sequence[Response],
     constraint: Sequence[Sequence[Any] | None],
-    **columns: Any,
-) -> list[float]:
-    """Reward function of TRL's signature: 1 for a completion that keeps the constraint of its prompt, else 0.
+    **kwargs: Any,
+) -> list[float | None]:
+    """1.0 for each of N answers that keeps its constraint, else 0.0: a reward function as TRL calls them.
 
     Args:
-        prompts: N; not read.
-        completions: N answers, strings or message lists.
-        constraint: N, each as `Constraint` or `[kind, value]`; None for a prompt without one, whose completion gets 0.
-        columns: what else TRL passes; not used.
+        constraint: (N,) a `Constraint`, also as a list, or None for a prompt without one, whose answers get 0.0.
+        kwargs: other columns of the data set, and what else TRL hands over.
     """
-    return [
-        float(each is not None and keeps(Constraint(*each), response_text(completion)))
-        for each, completion in zip(constraint, completions, strict=True)
-    ]
+    pairs = zip(completions, constraint, strict=True)
+    return [float(asked is not None and keeps(Constraint(*asked), response_text(answer))) for answer, asked in pairs]

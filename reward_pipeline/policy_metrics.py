@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -275,6 +275,47 @@ def rounded_evaluation(results: dict[str, Any]) -> dict[str, Any]:
     return rounded(results) | {name: float(f"{value:.{SIGNIFICANT_DIGITS}g}") for name, value in p_values.items()}
 
 
+class Outcome(NamedTuple):
+    """All that is known of a policy."""
+
+    before: Answers  # of the SFT model
+    after: Answers
+    opinions: dict[str, dict[str, Any] | None]  # of `compare_rewards`, by the names of `OPINIONS`
+    results: dict[str, Any]  # content of `evaluation.json`
+    samples: list[dict[str, Any]]  # of `sample_rows`
+    constrained: list[dict[str, Any]]  # the same of the prompts with constraints
+
+
+def outcome(
+    prompts: Sequence[PolicyPrompt],
+    answers: tuple[Answers, Answers],
+    constrained: Sequence[PolicyPrompt],
+    constrained_answers: tuple[Answers, Answers],
+    judge: RewardModelEvaluator | None,
+    second_judge: RewardModelEvaluator | None,
+    function: tuple[str, RewardFunction] | None,
+    form_model: Mapping[str, float],
+) -> Outcome:
+    """Answers before and after, to prompts as they are and with constraints, become figures.
+
+    Args:
+        function: a reward function with its name.
+        form_model: weights of `form.fit_form_model`.
+    """
+    opinions = {
+        "reward": compare_answers(judge, prompts, *answers) if judge else None,
+        "second_judge": compare_answers(second_judge, prompts, *answers) if second_judge else None,
+        "function": compare_by_function(*function, prompts, *answers) if function else None,
+    }
+    return Outcome(
+        *answers,
+        opinions,
+        evaluation(*answers, opinions, form_model) | constraint_figures(constrained, *constrained_answers),
+        sample_rows(prompts, *answers, opinions),
+        sample_rows(constrained, *constrained_answers, {}),
+    )
+
+
 def sample_rows(
     prompts: Sequence[PolicyPrompt],
     before: Answers,
@@ -300,35 +341,24 @@ def sample_rows(
 
 
 def write_policy_results(
-    directory: Path,
-    before: Answers,
-    after: Answers,
-    opinions: Mapping[str, dict[str, Any] | None],
-    results: dict[str, Any],
-    samples: Sequence[dict[str, Any]],
-    constrained: Sequence[dict[str, Any]],
-    settings: dict[str, Any],
-    log: Sequence[dict[str, Any]],
+    directory: Path, outcome: Outcome, settings: dict[str, Any], log: Sequence[dict[str, Any]]
 ) -> None:
     """Complete a saved policy with its figures, samples, settings, log, plots and card.
 
     Args:
-        opinions: as for `evaluation`; the first one that is there is plotted.
-        results: of `evaluation` and `constraint_figures`.
-        samples, constrained: of `sample_rows`, for the prompts as they are and with constraints.
         settings: resolved settings of the run.
         log: an entry an update.
     """
-    plots = directory / "plots"
+    plots, results = directory / "plots", outcome.results
     plots.mkdir()
-    main_opinion = next(filter(None, opinions.values()))
     plot_steps(log, plots / "training.png")
-    plot_before_and_after(before, after, main_opinion, plots / "before_and_after.png")
+    judged = next(filter(None, outcome.opinions.values()))
+    plot_before_and_after(outcome.before, outcome.after, judged, plots / "before_and_after.png")
     plot_drift(results, plots / "drift.png")
     for name, content in {"evaluation": rounded_evaluation(results), "settings": settings}.items():
         write_text(directory / f"{name}.json", json.dumps(content, indent=2) + "\n")
-    for name, lines in {"samples": samples, "constraints": constrained, "metrics": log}.items():
+    for name, lines in {"samples": outcome.samples, "constraints": outcome.constrained, "metrics": log}.items():
         write_text(directory / f"{name}.jsonl", json_lines(lines))
-    write_text(directory / "samples.md", samples_page(samples, constrained))
+    write_text(directory / "samples.md", samples_page(outcome.samples, outcome.constrained))
     write_text(directory / "README.md", policy_card(results, settings, log))
     write_checksums(directory)

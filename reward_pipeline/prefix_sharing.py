@@ -185,8 +185,8 @@ def out_of_tree(base: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, 
 def share_prefixes(model: PreTrainedModel) -> bool:
     """Let a reward model or a policy on a CPU compute every prefix in a batch once, and no padding.
 
-    Rewards, log-probabilities and gradients are the same up to rounding: under causal attention a token does not know what comes after
-    it. The model stays one of `transformers`: copies and pickles of it do the same with their own weights, and a saved
+    Rewards, log-probabilities and gradients are the same up to rounding: under causal attention a token does not know
+    what comes after it. The model stays one of `transformers`: copies and pickles of it do the same with their own weights, and a saved
     one is a plain one.
 
     Returns:

@@ -1,9 +1,9 @@
 """What else than the judge's opinion a completion may be rewarded for, in the form that TRL's online trainers take.
 
-    def short(prompts, completions, **columns) -> list[float]:
-        return [-len(completion[-1]["content"]) / 100 for completion in completions]
+def short(prompts, completions, **columns) -> list[float]:
+    return [-len(completion[-1]["content"]) / 100 for completion in completions]
 
-    python train_reinforce.py --reward_function my_rewards:short --reward_function_weight 0.5
+python train_reinforce.py --reward_function my_rewards:short --reward_function_weight 0.5
 """
 
 import importlib
@@ -82,7 +82,7 @@ def parts_of_rewards(
     function: tuple[str, RewardFunction] | None,
     form_model: Mapping[str, float],
 ) -> dict[str, list[float]]:
-    """What N completions are rewarded for, `judge` and `function` where there is one, and `form_score`, which is logged.
+    """What N completions are rewarded for, `judge` and `function`, where there is one; and `form_score`, for the log.
 
     Args:
         function: with its name.
@@ -104,7 +104,7 @@ def bounded(rewards: torch.Tensor, of_sft: torch.Tensor, std: float) -> torch.Te
     slower, so that little is to be had from a reward that is high for a wrong reason.
 
     Args:
-        rewards, of_sft: (B,) of the completion and of the SFT model's answer to the same prompt, in standard deviations.
+        rewards, of_sft: (B,) of the completion and of the SFT model's answer to its prompt, in standard deviations.
         std: the deviation in nats of log odds.
     """
     return torch.sigmoid((rewards - of_sft) * std)

@@ -156,7 +156,7 @@ def refuse_non_finite(logits: torch.Tensor, prompts: Sequence[PolicyPrompt]) -> 
     Raises:
         DivergedError: some are NaN or infinite.
     """
-    # One number a row instead of a look at every logit: NaN, infinity, and minus infinity throughout make it not finite.
+    # One number a row instead of a look at every logit: NaN, infinity, and nothing but minus infinity show in it.
     finite = logits.logsumexp(dim=1).isfinite().tolist()
     if not all(finite):
         places = [prompt.place for prompt, fine in zip(prompts, finite, strict=True) if not fine]
