@@ -186,8 +186,8 @@ def share_prefixes(model: PreTrainedModel) -> bool:
     """Let a reward model or a policy on a CPU compute every prefix in a batch once, and no padding.
 
     Rewards, log-probabilities and gradients are the same up to rounding: under causal attention a token does not know
-    what comes after it. The model stays one of `transformers`: copies and pickles of it do the same with their own weights, and a saved
-    one is a plain one.
+    what comes after it. The model stays one of `transformers`: copies and pickles of it do the same with their own
+    weights, and a saved one is a plain one.
 
     Returns:
         Whether the model does so now; architectures whose attention is another one stay as they are.
