@@ -201,8 +201,9 @@ def main() -> None:
     # Both in evaluation mode: with dropout, log-probabilities would not be those of the distribution that was sampled.
     policy, reference = models.load_sft_model(sft.path), models.load_sft_model(sft.path).to(device)
     rollouts.check_room(policy, options.model, sum(lengths))
-    for model in (policy, reference):
-        share_prefixes(model)
+    if device.type == "cpu":
+        for model in (policy, reference):
+            share_prefixes(model)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=options.learning_rate, weight_decay=0.0)
     # Under DDP `prepared` is a wrapper that averages gradients; `policy` is the model in it, which can generate.
     prepared, optimizer = accelerator.prepare(policy, optimizer)

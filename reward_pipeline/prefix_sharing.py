@@ -145,7 +145,6 @@ def into_tree(
     ids, mask = args[0] if args else given.pop("input_ids", None), given.pop("attention_mask", None)
     cached = given.pop("use_cache", config.use_cache)
     given.pop("margin", None)  # of the loss: TRL hands the whole batch to the model
-    places = given.pop("position_ids", None)
     if cached or given or len(args) > 1 or config.output_hidden_states or config.output_attentions:
         return None
     if not (isinstance(ids, torch.Tensor) and isinstance(mask, torch.Tensor)):  # a mask may be a dictionary of several
@@ -158,8 +157,6 @@ def into_tree(
     readable = kept | (ids == (-1 if config.pad_token_id is None else config.pad_token_id)) | (not pooled)
     if not ((starts.sum(dim=1) == 1).all() and readable.all()):
         return None
-    if places is not None and not torch.equal(places[kept], (kept.cumsum(dim=1) - 1)[kept]):
-        return None  # positions of their own, which a tree would not have
     tree = prefix_tree([row[own].tolist() for row, own in zip(ids, kept, strict=True)])
     # A mask with four dimensions is handed down by `transformers` as it is. Without it positions that begin again
     # would be taken for packed sequences, and an N x N mask be made.

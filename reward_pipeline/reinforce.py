@@ -95,19 +95,25 @@ def token_distributions(
         dtype: of autocast; None computes in fp32.
     """
     ids, attention_mask, mask, _, _ = completions
-    # Prompts are padded on the left: without positions of their own, their first token would not be at place 0.
-    positions = (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+    # Sampling pads prompts on the left. Here every row begins with its first token: no token is left without any that
+    # it may attend to, which on CUDA makes gradients NaN, and positions count as they do without padding.
+    starts = attention_mask.argmax(dim=1)
+    order = (torch.arange(ids.shape[1], device=ids.device) + starts[:, None]) % ids.shape[1]
+    prompt_lengths = ids.shape[1] - mask.shape[1] - starts
+    kept = ids.shape[1] - int(prompt_lengths.min()) + 1  # from the last token of the shortest prompt on
     with autocast(ids.device, dtype):
         logits = model(
-            input_ids=ids,
-            attention_mask=attention_mask,
-            position_ids=positions,
+            input_ids=ids.gather(1, order),
+            attention_mask=attention_mask.gather(1, order),
             use_cache=False,
-            logits_to_keep=mask.shape[1] + 1,  # the vocabulary is the widest layer: it is not computed for prompts
+            logits_to_keep=kept,  # the vocabulary is the widest layer: it is not computed for prompts
         ).logits
-    # The logits at one place are those of the next token, so the last ones say nothing about the completion. Softmax in
-    # fp32: bf16 has three digits, and two policies that are one update apart differ by less.
-    return (logits[:, :-1].float() / temperature).log_softmax(dim=-1)
+    # The logits at one place are those of the next token. Softmax in fp32: bf16 has three digits, and two policies that
+    # are one update apart differ by less.
+    first = prompt_lengths - prompt_lengths.min()
+    places = first[:, None] + torch.arange(mask.shape[1], device=ids.device)
+    logits = logits.take_along_dim(places[:, :, None], dim=1)
+    return (logits.float() / temperature).log_softmax(dim=-1)
 
 
 def log_probabilities(distributions: torch.Tensor, completions: Completions) -> torch.Tensor:

@@ -31,7 +31,7 @@ def small_llama(vocabulary: int, seed: int = 0) -> LlamaForCausalLM:
 
 
 def token_log_probs(model, completions: Completions) -> torch.Tensor:
-    return reinforce.log_probabilities(model, completions, 1.0)[0]
+    return reinforce.log_probabilities(reinforce.token_distributions(model, completions, 1.0), completions)
 
 
 # --- masks and log-probabilities -------------------------------------------------------------------------------------
@@ -56,7 +56,8 @@ def test_log_probabilities_equal_those_token_by_token():
     ids = torch.tensor([[0, 0, 0, *prompts[0], *answers[0]], [*prompts[1], *answers[1], 0]])
     attention = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1, 1, 0]])
     completions = Completions(ids, attention, attention[:, 5:].bool(), torch.ones(2).bool(), ["", ""])
-    log_probs, entropy = reinforce.log_probabilities(model, completions, temperature)
+    distributions = reinforce.token_distributions(model, completions, temperature)
+    log_probs, entropy = reinforce.log_probabilities(distributions, completions), reinforce.entropies(distributions)
     assert log_probs.requires_grad and not entropy.requires_grad
     for row, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         for place, token in enumerate(answer):

@@ -31,7 +31,7 @@ def test_samples_come_from_the_distribution_that_is_scored():
     hostile = {"top_k": 1, "top_p": 0.1, "temperature": 0.01, "repetition_penalty": 9.0, "suppress_tokens": [5]}
     for name, value in hostile.items():
         setattr(model.generation_config, name, value)
-    config = rollouts.sampling_config(1, 1.5, [2], 0)
+    config = sampling.sampling_config(1, 1.5, [2], 0)
     prompts = [PolicyPrompt([], [1, 3, 5], "")] * 4000
     sampled = rollouts.sample(model, DigitTokenizer(), prompts, config, None, seed=0)
     shares = torch.bincount(sampled.ids[:, -1], minlength=8) / len(prompts)
@@ -42,7 +42,7 @@ def test_samples_come_from_the_distribution_that_is_scored():
 
 def test_padding_on_the_left_changes_nothing():
     model = small_llama(8)
-    config = rollouts.sampling_config(6, 1.0, [2], 0)
+    config = sampling.sampling_config(6, 1.0, [2], 0)
     config.do_sample, config.top_k, config.top_p = False, None, None  # greedy: comparable from batch to batch
     prompts = [PolicyPrompt([], [1, 3], "row 1"), PolicyPrompt([], [1, 4, 5, 6, 7, 3, 4], "row 2")]
     together = rollouts.sample(model, DigitTokenizer(), prompts, config, None, seed=0).texts
@@ -58,7 +58,7 @@ def test_logits_of_one_prompt_that_are_not_finite_name_its_row():
         model.lm_head.weight[7] = 0
     prompts = [PolicyPrompt([], [1, token], f"row {token}") for token in (5, 7, 6)]
     with pytest.raises(DivergedError, match=r"logits are not finite at row 7; "):
-        rollouts.sample(model, DigitTokenizer(), prompts, rollouts.sampling_config(1, 1.0, [2], 0), None, 0)
+        rollouts.sample(model, DigitTokenizer(), prompts, sampling.sampling_config(1, 1.0, [2], 0), None, 0)
 
 
 def split_of(*contents: str) -> Dataset:
@@ -110,7 +110,7 @@ def test_a_model_without_room_for_prompt_and_completion_is_refused():
 def test_answers_stand_in_the_order_of_the_prompts_with_their_kl():
     policy, reference = small_llama(8, 0), small_llama(8, 1)
     prompts = [PolicyPrompt([], [1, *[3] * (number % 3)], f"row {number}") for number in range(7)]
-    config = rollouts.sampling_config(4, 0.8, [2], 0)
+    config = sampling.sampling_config(4, 0.8, [2], 0)
     options = {"prompts": prompts, "config": config, "dtype": None, "seed": 5, "batch_size": 3, "title": "Answers"}
     accelerator = Accelerator(cpu=True)
 
@@ -139,7 +139,7 @@ def test_the_real_model_in_the_type_of_this_machine(smollm, tokenizer):
     """Texts that begin as answers do; a policy that is the reference is at no KL from it."""
     model, dtype = models.load_sft_model(smollm), autocast_dtype(torch.device("cpu"))  # emulated bf16 takes minutes
     prompts = rollouts.unique_prompts(split_of("Hi", "Name a colour, please."), tokenizer, 64)
-    config = rollouts.sampling_config(8, 1.0, models.end_token_ids(model, tokenizer), tokenizer.pad_token_id)
+    config = sampling.sampling_config(8, 1.0, models.end_token_ids(model, tokenizer), tokenizer.pad_token_id)
     sampled = rollouts.sample(model, tokenizer, prompts, config, dtype, seed=0)
     assert all(re.search("[a-z]", text) for text in sampled.texts)
     with torch.no_grad():
