@@ -31,6 +31,7 @@ from reward_pipeline.files import InputError, write_text
 from reward_pipeline.policy_metrics import load_judge
 from reward_pipeline.processed import load_processed
 from reward_pipeline.processes import run_script
+from reward_pipeline.sampling import sample
 from reward_pipeline.settings import Parser, filled_text, whole
 
 RESAMPLES = 2000
@@ -67,16 +68,18 @@ def gradients(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """g(0) and h, (P,) each, of one completion of the batch, as `train_reinforce.py` takes its gradient."""
     device, parameters = run.policy.device, list(run.policy.parameters())
-    dtype, seed = computing_type(device), reinforce.step_seed(options.seed, 0, rollout)
-    completions = rollouts.sample(run.policy, run.tokenizer, prompts, run.sampling, dtype, seed)
+    dtype, seeds = computing_type(device), reinforce.random_seeds(len(prompts), options.seed, 0, rollout)
+    completions = sample(run.policy, run.tokenizer, prompts, run.sampling, dtype, seeds)
     scores = judge.reward_function([prompt.messages for prompt in prompts], completions.texts)
     scores = torch.tensor(scores, dtype=torch.float32, device=device)
     totals = torch.zeros(2, sum(each.numel() for each in parameters), device=device)
     for start in range(0, len(prompts), options.micro_batch_size):
         part = completions.part(start, options.micro_batch_size)
-        log_probs, _ = reinforce.log_probabilities(run.policy, part, options.temperature, dtype)
+        likely = reinforce.token_distributions(run.policy, part, options.temperature, dtype)
+        log_probs = reinforce.log_probabilities(likely, part)
         with torch.no_grad():
-            others, _ = reinforce.log_probabilities(run.reference, part, options.temperature, dtype)
+            likely = reinforce.token_distributions(run.reference, part, options.temperature, dtype)
+            others = reinforce.log_probabilities(likely, part)
         kl = reinforce.sequence_kl(log_probs.detach(), others, part.mask)
         part_scores = scores[start : start + len(part.texts)]
         rewards = reinforce.regularised_rewards(

@@ -23,7 +23,7 @@ from transformers import GenerationConfig
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import measure
-from reward_pipeline import reinforce, rollouts
+from reward_pipeline import reinforce, rollouts, sampling
 from reward_pipeline.devices import keep_freed_memory, pick_device
 from reward_pipeline.models import (
     end_token_ids,
@@ -38,7 +38,7 @@ from reward_pipeline.settings import filled_text, whole
 
 # Operations a parameter and token of a completion: sampling, judge and reference go forward, the gradient back as well.
 OPERATIONS = 3 * measure.FORWARD + measure.TRAINING
-COMPLETIONS = 16  # an update; with the 32 of `train_reinforce.py` the plain loop needs more than 20 GB
+COMPLETIONS = 32  # an update; the plain loop needs some 20 GB for them
 ENDLESS = 10**6  # updates
 
 
@@ -69,36 +69,36 @@ def open_run(options: argparse.Namespace, policy: str | None = None) -> Run:
     prompts, _ = rollouts.read_prompts(splits, tokenizer, options.data, *amounts, options.seed)
     models = [load_sft_model(each).to(device) for each in (policy or path, path)]
     end_ids = end_token_ids(models[1], tokenizer)
-    sampling = rollouts.sampling_config(options.max_new_tokens, options.temperature, end_ids, tokenizer.pad_token_id)
-    return Run(prompts, tokenizer, *models, sampling)
+    config = sampling.sampling_config(options.max_new_tokens, options.temperature, end_ids, tokenizer.pad_token_id)
+    return Run(prompts, tokenizer, *models, config)
 
 
 def ours(turns, flags: list[str]) -> None:
     """The script itself. A turn lasts from where it takes the prompts of an update to where it takes the next ones."""
     figures: measure.Turn = {}
-    batches, sample = rollouts.batches, rollouts.sample
+    batches, sample = rollouts.batches, sampling.sample
 
     def begin(batch):
         nonlocal figures
         figures = measure.next_turn(turns)
         return batch
 
-    def timed_sample(*arguments):
+    def timed_sample(*arguments, **options):
         started = time.perf_counter()
-        completions = sample(*arguments)
+        completions = sample(*arguments, **options)
         seconds = time.perf_counter() - started
         figures.update(tokens=int(completions.mask.sum()), sampling_seconds=seconds)
         return completions
 
     rollouts.batches = lambda *arguments: map(begin, batches(*arguments))
-    rollouts.sample = timed_sample
+    sampling.sample = timed_sample
     measure.run("train_reinforce", *flags, "--steps", ENDLESS, "--save_steps", ENDLESS)
 
 
 def plain(turns, flags: list[str]) -> None:
     """The same update as one writes it down first: fp32, one batch, every step over everything."""
     options = measure.script("train_reinforce")["parse_options"](flags)
-    prompts, tokenizer, policy, reference, sampling = open_run(options)
+    prompts, tokenizer, policy, reference, config = open_run(options)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=options.learning_rate, weight_decay=0.0)
     _, judge = load_trained_reward_model(options.reward_model)
     judge.to(policy.device)
@@ -109,9 +109,9 @@ def plain(turns, flags: list[str]) -> None:
         width = inputs["input_ids"].shape[1]
         started = time.perf_counter()
         with torch.no_grad():
-            ids = policy.generate(**inputs, generation_config=sampling)
+            ids = policy.generate(**inputs, generation_config=config)
         seconds = time.perf_counter() - started
-        mask = reinforce.completion_mask(ids[:, width:], sampling.eos_token_id)
+        mask = reinforce.completion_mask(ids[:, width:], config.eos_token_id)
         attention = torch.cat([inputs["attention_mask"], mask.long()], dim=1)
         with torch.no_grad():
             rewards = judge(ids, attention_mask=attention, use_cache=False).logits[:, 0]

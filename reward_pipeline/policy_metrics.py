@@ -88,7 +88,7 @@ def measured_scale(judge: RewardModelEvaluator, validation: Dataset) -> tuple[fl
     check_templates(judge, prompts, pairs["place"])
     answers = [*pairs["chosen"], *pairs["rejected"]]
     scores = judge.get_member_scores([*prompts, *prompts], answers, progress=is_first_process())
-    if not scores.std():
+    if scores.max() == scores.min():  # a deviation of 0 could be lost to rounding
         raise InputError(f"{name}: gives all validation answers the same reward; name another model")
     return float(scores.mean()), float(scores.std())
 
@@ -134,15 +134,16 @@ def compare_answers(
     messages = [prompt.messages for prompt in prompts]
     # Not `get_reward_scores`, which refuses empty answers: a policy samples some.
     scores = judge.get_member_scores([*messages, *messages], [*before.texts, *after.texts], progress=True)
-    return compare_rewards(*judge.combine(scores).reshape(2, len(prompts)), before, after)
+    old, new = judge.combine(scores).reshape(2, len(prompts))
+    return compare_rewards(old, new, before, after)
 
 
 def compare_by_function(
     name: str, function: RewardFunction, prompts: Sequence[PolicyPrompt], before: Answers, after: Answers
 ) -> dict[str, Any]:
     """The comparison of `compare_rewards` by a reward function of that name."""
-    sides = (np.array(function_rewards(name, function, prompts, side.texts)) for side in (before, after))
-    return compare_rewards(*sides, before, after)
+    old, new = (np.array(function_rewards(name, function, prompts, side.texts)) for side in (before, after))
+    return compare_rewards(old, new, before, after)
 
 
 def compare_rewards(old: np.ndarray, new: np.ndarray, before: Answers, after: Answers) -> dict[str, Any]:
@@ -204,7 +205,7 @@ def form_drift(before: Sequence[str], after: Sequence[str], form_model: Mapping[
 
 
 def constraint_figures(prompts: Sequence[PolicyPrompt], before: Answers, after: Answers) -> dict[str, Any]:
-    """Whether N answers keep the constraints of their prompts.
+    """Whether N answers keep the constraints of their prompts, each of which has one.
 
     Returns:
         `constraint_n`, `constraint_pass`, as `mean_change` gives it, and `constraint_kinds`: `n` and the shares of
@@ -213,11 +214,12 @@ def constraint_figures(prompts: Sequence[PolicyPrompt], before: Answers, after: 
     if not prompts:
         names = ("before", "after", "gain", "gain_interval")
         return {"constraint_n": 0, **{f"constraint_pass_{name}": None for name in names}, "constraint_kinds": {}}
+    asked = [prompt.constraint for prompt in prompts if prompt.constraint]
     kept = [
-        np.array([float(keeps(prompt.constraint, text)) for prompt, text in zip(prompts, side.texts, strict=True)])
+        np.array([float(keeps(constraint, text)) for constraint, text in zip(asked, side.texts, strict=True)])
         for side in (before, after)
     ]
-    kinds = np.array([prompt.constraint.kind for prompt in prompts])
+    kinds = np.array([constraint.kind for constraint in asked])
     each = {
         str(kind): {
             "n": int((kinds == kind).sum()),
@@ -257,7 +259,7 @@ def evaluation(
     return {
         "n": len(before.texts),
         **{
-            f"{prefix}{name}": opinions[who][name] if opinions[who] else None
+            f"{prefix}{name}": judged[name] if (judged := opinions[who]) else None
             for who, prefix in OPINIONS.items()
             for name in JUDGED
         },

@@ -55,7 +55,9 @@ class RoomyLayer(DynamicLayer):
         self.keys, self.values = keys[:, :, :0], values[:, :, :0]
         self.update(keys, values)
 
-    def update(self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any):
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Append the keys and values of further tokens; returns those of all."""
         start = self.get_seq_length()
         end = start + key_states.shape[2]
@@ -121,16 +123,15 @@ def read(policy: Any, prompts: Sequence[PolicyPrompt], pad_id: int, room: int) -
         caches[0].batch_select_indices(rows)
         return caches[0], logits[0][rows]
 
-    def together(layers: Sequence[DynamicLayer]) -> RoomyLayer:
-        both = []
-        for name in ("keys", "values"):
-            states = [getattr(layer, name) for layer in layers]
-            left = [torch.nn.functional.pad(each, (0, 0, width - each.shape[2], 0)) for each in states]
-            both.append(torch.cat(left)[rows])
-        return RoomyLayer(*both, room)
+    def together(states: Sequence[torch.Tensor]) -> torch.Tensor:
+        """Keys or values of all parts, each padded on the left to the longest prompt."""
+        return torch.cat([torch.nn.functional.pad(each, (0, 0, width - each.shape[2], 0)) for each in states])[rows]
 
-    layers = zip(*(cache.layers for cache in caches), strict=True)
-    return Cache(layers=[together(each) for each in layers]), torch.cat(logits)[rows]
+    layers: list[Any] = [
+        RoomyLayer(together([layer.keys for layer in parts]), together([layer.values for layer in parts]), room)
+        for parts in zip(*(cache.layers for cache in caches), strict=True)
+    ]
+    return Cache(layers=layers), torch.cat(logits)[rows]
 
 
 def drawn(logits: torch.Tensor, numbers: torch.Tensor) -> torch.Tensor:

@@ -92,7 +92,7 @@ def expanded_tail(count: int, parameters: int = 1) -> float:
     return float(scipy.stats.norm.cdf(-math.sqrt(count / free) * scipy.stats.t.ppf(0.975, free)))
 
 
-RIDGE = 1e-4  # of the squared slopes: counts that hardly ever differ, or always together, still have a solution
+RIDGE = 1e-4  # of the squared slopes: covariates that always change together still have a solution
 
 
 def adjusted_mean(values: np.ndarray, covariates: np.ndarray) -> tuple[float, list[float] | None]:
@@ -104,9 +104,9 @@ def adjusted_mean(values: np.ndarray, covariates: np.ndarray) -> tuple[float, li
 
     Returns:
         The intercept and its 95 % bootstrap interval over the N; None instead of the interval where N is not at least
-        twice the number of covariates that differ from 0.
+        twice the number of parameters. A covariate that is the same for all N can not be told from the intercept.
     """
-    scale = np.sqrt(np.mean(np.square(covariates), axis=0))
+    scale = covariates.std(axis=0)
     used = scale > 0
     design = np.column_stack([np.ones(len(values)), covariates[:, used] / scale[used]])
     penalty = len(values) * RIDGE * np.diag([0.0, *np.ones(used.sum())])

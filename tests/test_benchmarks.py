@@ -34,7 +34,6 @@ from reward_pipeline import (
     models,
     reinforce,
     reward_training,
-    rollouts,
 )
 from reward_pipeline import (
     processed as processed_room,
@@ -44,6 +43,7 @@ from reward_pipeline.files import InputError
 from reward_pipeline.form import COUNTS, form_differences, form_margins
 from reward_pipeline.pair_metrics import pair_metrics
 from reward_pipeline.processed import PAIR_FEATURES, load_processed, read_pairs
+from reward_pipeline.sampling import sample
 from reward_pipeline.statistics import wins
 
 
@@ -583,11 +583,12 @@ def test_both_gradients_make_that_of_any_baseline(policy_run, monkeypatch):
     g, h = gradient_variance.gradients(run, judge, options, prompts, rollout=1)
 
     # At once, with the baseline in the loss.
-    seed = reinforce.step_seed(options.seed, 0, 1)
-    completions = rollouts.sample(run.policy, run.tokenizer, prompts, run.sampling, None, seed)
+    seeds = reinforce.random_seeds(len(prompts), options.seed, 0, 1)
+    completions = sample(run.policy, run.tokenizer, prompts, run.sampling, None, seeds)
     scores = torch.tensor(judge.reward_function([prompt.messages for prompt in prompts], completions.texts))
     log_probs, others = (
-        reinforce.log_probabilities(model, completions, options.temperature)[0] for model in (run.policy, run.reference)
+        reinforce.log_probabilities(reinforce.token_distributions(model, completions, options.temperature), completions)
+        for model in (run.policy, run.reference)
     )
     kl = reinforce.sequence_kl(log_probs, others, completions.mask)
     assert kl.abs().min() > 0.1

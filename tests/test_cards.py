@@ -122,7 +122,12 @@ def test_the_card_of_a_policy(tmp_path):
     results = {"n": 12, "kl": 1.5, **{f"{name}_{when}": 0.25 for name in texts for when in ("before", "after")}}
     judged = {"reward_before": 0.1, "reward_after": 0.6, "reward_gain": 0.5, "reward_gain_interval": [0.2, 0.8]}
     judged |= {"win_rate": 0.75, "win_rate_interval": [0.5, 0.9], "wilcoxon_p": 0.0123}
-    results |= judged | {f"second_judge_{name}": None for name in judged}
+    judged |= {"reward_gain_at_equal_form": 0.3, "reward_gain_at_equal_form_interval": [0.1, 0.5]}
+    results |= judged | {f"{who}_{name}": None for name in judged for who in ("second_judge", "function")}
+    results |= {"form_score_before": 1.0, "form_score_after": 1.5, "constraint_n": 3, "constraint_pass_before": 0.25}
+    results |= {"constraint_pass_after": 0.5, "constraint_pass_gain": 0.25, "constraint_pass_gain_interval": [0.0, 0.5]}
+    results["constraint_kinds"] = {"no_commas": {"n": 3, "before": 0.25, "after": 0.5}}
+    results["form_counts"] = {name: {"answers_before": 1, "answers_after": 7} for name in cards.SHOWN_MARKS}
     settings = SETTINGS | METADATA | {"reward_model": "./reward_model_output", "completions_per_step": 8}
     settings |= {"max_new_tokens": 64, "temperature": 1.0, "kl_coefficient": 0.03, "baseline": "ema"}
     path = tmp_path / "README.md"
@@ -131,8 +136,10 @@ def test_the_card_of_a_policy(tmp_path):
     assert (about["pipeline_tag"], about["tags"]) == ("text-generation", ["reinforce", "rlhf"])
     assert about["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct" and "model-index" not in about
     text = ModelCard.load(path).text
-    assert "| +0.100 → +0.600 | +0.500 (0.200 to 0.800, p = 0.012) | 0.750 (0.500 to 0.900) |" in text
-    assert "| second reward model | – | – | – |" in text
+    compared = "+0.500 (0.200 to 0.800, p = 0.012) | +0.300 (0.100 to 0.500) | 0.750 (0.500 to 0.900) |"
+    assert f"| +0.100 → +0.600 | {compared}" in text and "| second reward model | – | – | – | – |" in text
+    assert "| answers with numbered items | 1 | 7 |" in text and "| no commas | 3 | 0.250 | 0.500 |" in text
+    assert "0.250 → 0.500 keep it, a gain of\n+0.250 (0.000 to 0.500)." in text
 
 
 def test_mistakes_by_hand():
@@ -182,9 +189,13 @@ def test_samples_are_spread_over_the_gain_and_shown_literally():
         }
         for number in range(30)
     ]
-    lines = cards.samples_table(rows[::-1]).splitlines()[2:]
+    lines = cards.samples_page(rows[::-1], []).splitlines()[2:]
     assert lines[0] == r"| q0 | a\|b | &lt;i> c | +0.00 → +0.00 |"
     assert len(lines) == cards.SHOWN_SAMPLES and lines[-1].endswith("+0.00 → +29.00 |")
+    alone = [{name.replace("reward", "function"): value for name, value in row.items()} for row in rows]
+    kept = [{**row, "kept_before": False, "kept_after": True} for row in rows[:2]]
+    page = cards.samples_page(alone, kept).splitlines()
+    assert page[2:14] == lines and page[-2:] == [rf"| q{number} | a\|b | &lt;i> c | no → yes |" for number in range(2)]
 
 
 def test_the_card_of_prepared_data_can_be_read():

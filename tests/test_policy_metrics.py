@@ -10,10 +10,13 @@ from conftest import save_reward_model
 from datasets import Dataset
 
 from reward_pipeline import policy_metrics
+from reward_pipeline.constraints import Constraint
 from reward_pipeline.conversations import encode
 from reward_pipeline.files import InputError
+from reward_pipeline.form import COUNTS, form_scores
 from reward_pipeline.models import weights_digest
-from reward_pipeline.rollouts import Answers, PolicyPrompt
+from reward_pipeline.rollouts import Answers
+from reward_pipeline.sampling import PolicyPrompt
 
 
 def test_distinct_and_repetition_by_hand():
@@ -50,6 +53,13 @@ VALIDATION = Dataset.from_list(
 )
 
 
+FORM_MODEL = {"bold": 2.0}
+
+
+def count_words(prompts, completions, **columns) -> list[float]:
+    return [len(completion[0]["content"].split()) for completion in completions]
+
+
 class WordCountingJudge:
     """Reward: the number of words, times a factor."""
 
@@ -79,7 +89,8 @@ def test_the_evaluation_by_hand():
     judged, second = (
         policy_metrics.compare_answers(WordCountingJudge(factor), PROMPTS, BEFORE, AFTER) for factor in (2.0, -1.0)
     )
-    results = policy_metrics.evaluation(BEFORE, AFTER, judged, second)
+    opinions = {"reward": judged, "second_judge": second, "function": None}
+    results = policy_metrics.evaluation(BEFORE, AFTER, opinions, FORM_MODEL)
     assert results["n"] == 4
     assert results["reward_gain"] == 2.5 and results["second_judge_reward_gain"] == -1.25
     assert results["second_judge_win_rate"] == 1 - results["win_rate"]
@@ -88,16 +99,74 @@ def test_the_evaluation_by_hand():
     # Cut to equal length: before abc abc, after abc xyz.
     assert (results["distinct3_before"], results["distinct3_after"], results["distinct3_ratio"]) == (0.5, 1.0, 2.0)
     assert (results["repetition_before"], results["repetition_after"]) == (0.0, pytest.approx((1 / 4 + 0) / 2))
-    alone = policy_metrics.evaluation(BEFORE, AFTER, judged, None)
+    function = policy_metrics.compare_by_function("mine:words", count_words, PROMPTS, BEFORE, AFTER)
+    alone = policy_metrics.evaluation(
+        BEFORE, AFTER, {"reward": None, "second_judge": None, "function": function}, FORM_MODEL
+    )
     assert alone.keys() == results.keys()
-    assert {value for name, value in alone.items() if name.startswith("second_judge")} == {None}
+    assert {alone[name] for name in ("reward_gain", "win_rate", "second_judge_reward_gain")} == {None}
+    assert (alone["function_reward_gain"], alone["function_win_rate"]) == (1.25, results["win_rate"])
 
-    rows = policy_metrics.sample_rows(PROMPTS, BEFORE, AFTER, judged, second)
+    rows = policy_metrics.sample_rows(PROMPTS, BEFORE, AFTER, opinions)
     assert rows[0] == {
         "prompt": PROMPTS[0].messages, "before": "a b c", "after": "a b c a b c", "reward_before": 6.0,
         "reward_after": 12.0, "second_judge_before": -3.0, "second_judge_after": -6.0,
     }  # fmt: skip
-    assert "second_judge_before" not in policy_metrics.sample_rows(PROMPTS, BEFORE, AFTER, judged, None)[0]
+
+
+def test_the_drift_of_form_by_hand():
+    before, after = ["plain", "**bold** word"], ["**bold**", "**bold** **twice**"]
+    drift = policy_metrics.form_drift(before, after, FORM_MODEL)
+    bold = drift["form_counts"]["bold"]
+    assert drift["form_counts"].keys() == COUNTS.keys()
+    assert (bold["answers_before"], bold["answers_after"]) == (1, 2)
+    assert (bold["before"], bold["after"]) == pytest.approx((np.log(2) / 2, (np.log(2) + np.log(3)) / 2))
+    assert drift["form_score_before"] == pytest.approx(form_scores(FORM_MODEL, before).mean())
+    assert drift["form_score_gain"] == pytest.approx(2 * (np.log(3) / 2))  # from 0, log 2 to log 2, log 3
+
+
+def test_constraints_are_counted_by_kind():
+    prompts = [
+        PolicyPrompt([], [1], "", Constraint(*each))
+        for each in (("words", 2), ("words", 2), ("words", 2), ("json", None))
+    ]
+    before = answers(["a b c", "a b", "a b c", "{}"], [3] * 4, [True] * 4, [0] * 4)
+    after = answers(["a", "a b", "a b c", '{"a": 1}'], [3] * 4, [True] * 4, [0] * 4)
+    figures = policy_metrics.constraint_figures(prompts, before, after)
+    assert figures["constraint_kinds"] == {
+        "json": {"n": 1, "before": 0.0, "after": 1.0},
+        "words": {"n": 3, "before": pytest.approx(1 / 3), "after": pytest.approx(2 / 3)},
+    }
+    assert (figures["constraint_n"], figures["constraint_pass_before"], figures["constraint_pass_after"]) == (
+        4,
+        0.25,
+        0.75,
+    )
+    low, high = figures["constraint_pass_gain_interval"]
+    assert low < figures["constraint_pass_gain"] == 0.5 < high
+    rows = policy_metrics.sample_rows(prompts, before, after, {})
+    assert [(row["kept_before"], row["kept_after"]) for row in rows] == [
+        (False, True), (True, True), (False, False), (False, True),
+    ]  # fmt: skip
+    assert rows[3]["kind"] == "json" and rows[0]["value"] == 2
+    none = policy_metrics.constraint_figures([], before, after)
+    assert none.keys() == figures.keys() and none["constraint_n"] == 0 and none["constraint_pass_gain"] is None
+
+
+def test_a_gain_that_is_form_alone_is_none_at_equal_form():
+    """A judge that counts bold words, and a policy that writes more of them; then one that also likes the answers."""
+    generator = np.random.default_rng(0)
+    texts = [
+        [" ".join(["word", *["**b**"] * count]) for count in generator.integers(low, low + 3, 200)] for low in (0, 1)
+    ]
+    before, after = (answers(each, [1] * 200, [True] * 200, [0] * 200) for each in texts)
+    old, new = (np.array([np.log1p(text.count("**b**")) for text in each]) for each in texts)
+    form_alone = policy_metrics.compare_rewards(old, new, before, after)
+    assert form_alone["reward_gain_interval"][0] > 0.2
+    assert form_alone["reward_gain_at_equal_form"] == pytest.approx(0, abs=1e-2)
+    better = policy_metrics.compare_rewards(old, new + 0.5 + generator.normal(0, 0.2, 200), before, after)
+    low, high = better["reward_gain_at_equal_form_interval"]
+    assert low < 0.5 < high and low > 0
 
 
 def test_p_values_keep_their_digits():

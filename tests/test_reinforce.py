@@ -190,10 +190,17 @@ def test_the_learning_rate_warms_up_and_stays():
     assert reinforce.warmed_up(4.0, 0, 1) == 4.0
 
 
-def test_seeds_differ_from_step_to_step_and_from_process_to_process():
-    seeds = [reinforce.step_seed(*numbers) for numbers in itertools.product((0, 42), range(5), range(3))]
-    assert len(set(seeds)) == len(seeds)
-    assert reinforce.step_seed(42, 1, 0) == reinforce.step_seed(42, 1, 0)
+def test_seeds_differ_from_completion_to_completion_step_to_step_and_process_to_process():
+    several = [reinforce.random_seeds(4, *numbers) for numbers in itertools.product((0, 42), range(5), range(3))]
+    seeds = [seed for each in several for seed in each]
+    assert len(set(seeds)) == len(seeds) == 120
+    assert reinforce.random_seeds(4, 42, 1, 0) == reinforce.random_seeds(4, 42, 1, 0)
+
+
+def test_leave_one_out_by_hand():
+    """Two prompts with three completions each."""
+    rewards = torch.tensor([1.0, 2.0, 6.0, 0.0, 0.0, 3.0])
+    assert reinforce.leave_one_out(rewards, 3).tolist() == [4.0, 3.5, 1.5, 1.5, 1.5, 0.0]
 
 
 # --- figures ---------------------------------------------------------------------------------------------------------
@@ -204,11 +211,12 @@ def test_figures_by_hand():
     completions = Completions(torch.zeros(2, 6), torch.ones(2, 6), mask, torch.tensor([False, True]), ["", ""])
     entropy = torch.tensor([[1.0, 2.0, 3.0, 99.0], [2.0, 99.0, 99.0, 99.0]])
     scores, rewards, kl = torch.tensor([3.0, 1.0]), torch.tensor([2.5, 0.5]), torch.tensor([1.5, -0.5])
-    table = reinforce.completion_figures(completions, scores, rewards, kl, entropy)
-    assert table.tolist() == [[3, 2.5, 1.5, 6, 3, 0], [1, 0.5, -0.5, 2, 1, 1]]
-    assert reinforce.step_figures(table, baseline=0.5) == {
-        "score": 2, "score_std": 1, "reward": 1.5, "baseline": 0.5, "advantage_std": 1, "kl": 0.5,
-        "kl_per_token": 0.25, "entropy": 2, "length": 2, "ended": 0.5,
+    advantages, judge = torch.tensor([2.0, 1.0]), torch.tensor([7.0, 5.0])
+    table = reinforce.completion_figures(completions, scores, rewards, advantages, kl, entropy, [judge])
+    assert table.tolist() == [[3, 2.5, 2, 1.5, 6, 3, 0, 7], [1, 0.5, 1, -0.5, 2, 1, 1, 5]]
+    assert reinforce.step_figures(table, ["judge"]) == {
+        "score": 2, "score_std": 1, "reward": 1.5, "baseline": 0, "advantage_std": 0.5, "kl": 0.5,
+        "kl_per_token": 0.25, "entropy": 2, "length": 2, "ended": 0.5, "judge": 6,
     }  # fmt: skip
 
 

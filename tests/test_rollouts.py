@@ -10,55 +10,13 @@ import torch
 from accelerate import Accelerator
 from datasets import Dataset
 from test_reinforce import small_llama
+from test_sampling import DigitTokenizer
 
-from reward_pipeline import models, rollouts
+from reward_pipeline import models, rollouts, sampling
 from reward_pipeline.devices import autocast_dtype
 from reward_pipeline.files import InputError
-from reward_pipeline.reinforce import DivergedError, log_probabilities, sequence_kl
-from reward_pipeline.rollouts import PolicyPrompt
-
-
-class DigitTokenizer:
-    """Token ids as digits."""
-
-    def batch_decode(self, rows, skip_special_tokens):
-        return [" ".join(map(str, row)) for row in rows]
-
-
-def test_samples_come_from_the_distribution_that_is_scored():
-    """Whatever the model's own generation settings say; at a temperature other than 1."""
-    model = small_llama(8)
-    hostile = {"top_k": 1, "top_p": 0.1, "temperature": 0.01, "repetition_penalty": 9.0, "suppress_tokens": [5]}
-    for name, value in hostile.items():
-        setattr(model.generation_config, name, value)
-    config = sampling.sampling_config(1, 1.5, [2], 0)
-    prompts = [PolicyPrompt([], [1, 3, 5], "")] * 4000
-    sampled = rollouts.sample(model, DigitTokenizer(), prompts, config, None, seed=0)
-    shares = torch.bincount(sampled.ids[:, -1], minlength=8) / len(prompts)
-    expected = (model(torch.tensor([[1, 3, 5]])).logits[0, -1] / 1.5).softmax(dim=0)
-    assert (shares - expected).abs().max() < 0.03
-    assert model.generation_config.top_k == 1  # left as it was
-
-
-def test_padding_on_the_left_changes_nothing():
-    model = small_llama(8)
-    config = sampling.sampling_config(6, 1.0, [2], 0)
-    config.do_sample, config.top_k, config.top_p = False, None, None  # greedy: comparable from batch to batch
-    prompts = [PolicyPrompt([], [1, 3], "row 1"), PolicyPrompt([], [1, 4, 5, 6, 7, 3, 4], "row 2")]
-    together = rollouts.sample(model, DigitTokenizer(), prompts, config, None, seed=0).texts
-    assert together == [
-        rollouts.sample(model, DigitTokenizer(), [each], config, None, seed=0).texts[0] for each in prompts
-    ]
-
-
-def test_logits_of_one_prompt_that_are_not_finite_name_its_row():
-    model = small_llama(8)
-    with torch.no_grad():
-        model.model.embed_tokens.weight[7] = math.inf
-        model.lm_head.weight[7] = 0
-    prompts = [PolicyPrompt([], [1, token], f"row {token}") for token in (5, 7, 6)]
-    with pytest.raises(DivergedError, match=r"logits are not finite at row 7; "):
-        rollouts.sample(model, DigitTokenizer(), prompts, sampling.sampling_config(1, 1.0, [2], 0), None, 0)
+from reward_pipeline.reinforce import entropies, log_probabilities, random_seeds, sequence_kl, token_distributions
+from reward_pipeline.sampling import PolicyPrompt
 
 
 def split_of(*contents: str) -> Dataset:
@@ -107,32 +65,56 @@ def test_a_model_without_room_for_prompt_and_completion_is_refused():
         rollouts.check_room(small_llama(8), "base", 65)
 
 
-def test_answers_stand_in_the_order_of_the_prompts_with_their_kl():
-    policy, reference = small_llama(8, 0), small_llama(8, 1)
-    prompts = [PolicyPrompt([], [1, *[3] * (number % 3)], f"row {number}") for number in range(7)]
+@pytest.fixture
+def answers_of():
+    """`rollouts.answers_of` on seven prompts of tiny models; by default with KL to a reference."""
+    reference = small_llama(8, 1)
     config = sampling.sampling_config(4, 0.8, [2], 0)
-    options = {"prompts": prompts, "config": config, "dtype": None, "seed": 5, "batch_size": 3, "title": "Answers"}
-    accelerator = Accelerator(cpu=True)
+    options = {"prompts": SEVEN, "config": config, "dtype": None, "seed": 5, "batch_size": 3, "title": "Answers"}
 
-    def answers_of(model, micro_batch_size):
-        arguments = accelerator, DigitTokenizer(), reference, model
-        return rollouts.answers_of(*arguments, **options, micro_batch_size=micro_batch_size)
+    def call(policy, micro_batch_size=2, **changes):
+        settings = options | {"reference": reference, "micro_batch_size": micro_batch_size} | changes
+        return rollouts.answers_of(Accelerator(cpu=True), DigitTokenizer(), policy, **settings)
 
-    after, before = answers_of(policy, 2), answers_of(reference, 2)
-    assert not before.kl.any()
-    assert answers_of(policy, 8).kl == pytest.approx(after.kl, abs=1e-4)
-    expected = []
-    for start in (0, 3, 6):
-        seed = rollouts.step_seed(5, 0, start)
-        sampled = rollouts.sample(policy, DigitTokenizer(), prompts[start : start + 3], config, None, seed)
-        log_probs, others = (log_probabilities(model, sampled, 0.8)[0] for model in (policy, reference))
-        kl = sequence_kl(log_probs, others, sampled.mask).tolist()
-        lengths = sampled.mask.sum(dim=1).tolist()
-        expected += zip(sampled.texts, lengths, sampled.ended.tolist(), kl, strict=True)
-    texts, lengths, ended, kl = zip(*expected, strict=True)
-    assert after.texts == list(texts) and after.lengths.tolist() == list(lengths)
-    assert after.ended.tolist() == list(ended) and after.kl == pytest.approx(kl, abs=1e-4)
-    assert [len(text.split()) for text in after.texts] == after.lengths.tolist()
+    call.reference, call.config = reference, config
+    return call
+
+
+SEVEN = [PolicyPrompt([], [1, *[3] * (number % 3)], f"row {number}") for number in range(7)]
+
+
+def test_answers_stand_in_the_order_of_the_prompts_with_their_kl(answers_of):
+    policy = small_llama(8, 0)
+    after = answers_of(policy)
+    assert answers_of(policy, micro_batch_size=8).kl == pytest.approx(after.kl, abs=1e-4)
+    seeds = random_seeds(7, 5, 0, 0)
+    for number, prompt in enumerate(SEVEN):
+        alone = sampling.sample(policy, DigitTokenizer(), [prompt], answers_of.config, None, [seeds[number]])
+        log_probs, others = (
+            log_probabilities(token_distributions(model, alone, 0.8), alone) for model in (policy, answers_of.reference)
+        )
+        assert alone.texts == [after.texts[number]] and len(alone.texts[0].split()) == after.lengths[number]
+        assert alone.ended.tolist() == [after.ended[number]]
+        assert sequence_kl(log_probs, others, alone.mask).item() == pytest.approx(after.kl[number], abs=1e-4)
+
+
+def test_the_reference_is_at_no_kl_from_itself(answers_of):
+    measured, left = (answers_of(answers_of.reference, reference=each) for each in (answers_of.reference, None))
+    assert not measured.kl.any() and not left.kl.any() and measured.texts == left.texts
+
+
+def test_a_share_of_the_prompts_gets_a_constraint_where_there_is_room(tokenizer):
+    prompts = rollouts.unique_prompts(split_of(*(f"Name the colour {number}." for number in range(40))), tokenizer, 64)
+    half = rollouts.constrained(prompts, tokenizer, 200, seed=1, share=0.5, held_out=False)
+    assert [prompt.place for prompt in half] == [prompt.place for prompt in prompts]
+    asked = [prompt for prompt in half if prompt.constraint]
+    assert len(asked) == 20 and len({prompt.constraint.kind for prompt in asked}) == 20
+    for prompt, plain in zip(half, prompts, strict=True):
+        assert prompt == plain or plain.messages[0]["content"] in prompt.messages[0]["content"]
+        opened = tokenizer.apply_chat_template(prompt.messages, add_generation_prompt=True)["input_ids"]
+        assert prompt.ids == opened
+    longest = max(len(prompt.ids) for prompt in prompts)
+    assert rollouts.constrained(prompts, tokenizer, longest, seed=1, share=1, held_out=True) == prompts  # no room
 
 
 def test_the_real_model_in_the_type_of_this_machine(smollm, tokenizer):
@@ -140,12 +122,12 @@ def test_the_real_model_in_the_type_of_this_machine(smollm, tokenizer):
     model, dtype = models.load_sft_model(smollm), autocast_dtype(torch.device("cpu"))  # emulated bf16 takes minutes
     prompts = rollouts.unique_prompts(split_of("Hi", "Name a colour, please."), tokenizer, 64)
     config = sampling.sampling_config(8, 1.0, models.end_token_ids(model, tokenizer), tokenizer.pad_token_id)
-    sampled = rollouts.sample(model, tokenizer, prompts, config, dtype, seed=0)
+    sampled = sampling.sample(model, tokenizer, prompts, config, dtype, [0, 1])
     assert all(re.search("[a-z]", text) for text in sampled.texts)
     with torch.no_grad():
-        one, entropy = log_probabilities(model, sampled, 1.0, dtype)
-        other, _ = log_probabilities(model, sampled, 1.0, dtype)
+        one, other = (token_distributions(model, sampled, 1.0, dtype) for _ in range(2))
     assert one.dtype is torch.float32
-    assert not sequence_kl(one, other, sampled.mask).any()
-    per_token = entropy[sampled.mask]
-    assert 0 < per_token.mean() < math.log(49152) / 2  # far surer than guessing
+    log_probs, others = log_probabilities(one, sampled), log_probabilities(other, sampled)
+    assert not sequence_kl(log_probs, others, sampled.mask).any()
+    per_token = entropies(one)[sampled.mask]
+    assert per_token.min() >= 0 and per_token.max() < math.log(model.config.vocab_size)

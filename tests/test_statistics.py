@@ -85,3 +85,42 @@ def test_rank_tests_without_spread():
     assert wilcoxon_p(np.zeros(5)) == 1.0
     differences = np.array([1.0, 2.0, -3.0, 4.0, 5.0, 0.5])
     assert wilcoxon_p(differences) == pytest.approx(wilcoxon_p(-differences))
+
+
+# --- adjusted means --------------------------------------------------------------------------------------------------
+
+
+def test_an_adjusted_mean_is_the_intercept_of_least_squares():
+    generator = np.random.default_rng(1)
+    covariates = generator.normal(1, [1, 5, 0.01], (80, 3))
+    values = 0.7 + covariates @ [2, -1, 0.3] + generator.normal(0, 0.1, 80)
+    expected = np.linalg.lstsq(np.column_stack([np.ones(80), covariates]), values, rcond=None)[0][0]
+    estimate, interval = statistics.adjusted_mean(values, covariates)
+    assert estimate == pytest.approx(expected, abs=0.01) and abs(values.mean() - 0.7) > 0.5
+    assert interval[0] < 0.7 < interval[1]
+
+
+def test_without_covariates_that_differ_it_is_the_mean():
+    values = np.random.default_rng(0).normal(0.3, 1, 50)
+    estimate, interval = statistics.adjusted_mean(values, np.zeros((50, 4)))
+    assert estimate == pytest.approx(values.mean()) and interval == pytest.approx(
+        statistics.bootstrap_interval(values), abs=0.03
+    )
+
+
+def test_too_few_values_have_no_adjusted_interval():
+    values, covariates = np.arange(7.0), np.random.default_rng(0).normal(size=(7, 3))
+    assert statistics.adjusted_mean(values, covariates)[1] is None
+    assert statistics.adjusted_mean(np.arange(8.0), np.random.default_rng(0).normal(size=(8, 3)))[1] is not None
+
+
+def test_adjusted_intervals_cover_the_truth(monkeypatch):
+    """Of 60 values with 8 covariates, some of them rarely other than 0."""
+    monkeypatch.setattr(statistics, "RESAMPLES", 500)
+    generator, covered = np.random.default_rng(3), 0
+    for _ in range(300):
+        covariates = generator.normal(0.5, 1, (60, 8)) * (generator.random((60, 8)) < 0.3)
+        values = 0.4 + covariates @ np.linspace(-1, 1, 8) + generator.normal(0, 1, 60)
+        low, high = statistics.adjusted_mean(values, covariates)[1]
+        covered += low < 0.4 < high
+    assert 0.92 < covered / 300 < 0.985

@@ -240,6 +240,74 @@ def test_a_bandit_climbs_to_near_its_maximum(run, monkeypatch, baseline, dtype):
     assert scores[0] < 1.5 and np.mean(scores[-5:]) > 4.5
 
 
+def test_several_completions_a_prompt_and_the_mean_of_the_others(run, monkeypatch):
+    """Their prompts are as many fewer; the advantages of the completions of a prompt add up to 0."""
+    seen = []
+    real = reinforce.completion_figures
+
+    def recorded(part, scores, rewards, advantages, *rest):
+        seen.append((part.ids[:, : -part.mask.shape[1]].tolist(), rewards, advantages))
+        return real(part, scores, rewards, advantages, *rest)
+
+    monkeypatch.setattr(reinforce, "completion_figures", recorded)
+    more = ("--completions_per_prompt", 3, "--baseline", "leave_one_out", "--steps", 2)
+    log = timeless(run("--micro_batch_size", 4, *more))  # micro-batches of one prompt, since two do not fit
+    assert [len(prompts) for prompts, _, _ in seen] == [3] * 4
+    for prompts, rewards, advantages in seen:
+        assert prompts[0] == prompts[1] == prompts[2] and advantages.sum().abs() < 1e-4
+        assert advantages[0].item() == pytest.approx((rewards[0] - (rewards[1] + rewards[2]) / 2).item(), abs=1e-5)
+    assert log[0]["baseline"] == pytest.approx(log[0]["reward"], abs=1e-5)
+
+
+def test_a_function_is_added_to_the_judge_by_its_weight(run, toy, tmp_path, monkeypatch):
+    (tmp_path / "counts.py").write_text(
+        "def words(prompts, completions, **_):\n    return [len(c[0]['content'].split()) for c in completions]\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    output = run("--reward_function", "counts:words", "--reward_function_weight", 0.5, "--steps", 1)
+    entry = timeless(output)[0]
+    assert entry["score"] == pytest.approx(entry["judge"] + 0.5 * entry["function"], abs=1e-5)
+    assert 0 < entry["function"] <= entry["length"]
+    results = json.loads((output / "evaluation.json").read_text())
+    rows = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
+    words = np.mean([len(row["after"].split()) for row in rows])
+    assert results["function_reward_after"] == pytest.approx(words, abs=1e-3)
+
+
+def test_a_function_alone_needs_no_judge(run, refused):
+    more = ("--reward_model", "none", "--steps", 1, "--constrained_share", 1, "--max_prompt_length", 40)
+    output = run("--reward_function", "reward_pipeline.constraints:kept", *more)
+    results, entry = json.loads((output / "evaluation.json").read_text()), timeless(output)[0]
+    assert results["reward_gain"] is None and results["second_judge_reward_gain"] is not None
+    assert "judge" not in entry and entry["score"] == entry["function"]
+    assert (output / "samples.md").exists() and (output / "plots" / "drift.png").stat().st_size > 0
+
+
+def test_a_bounded_reward_is_against_one_answer_of_the_sft_model(run, toy, monkeypatch):
+    """At first policy and SFT model are the same, so the rewards lie on both sides of one half."""
+    drawn = []
+    real = sampling.sample
+
+    def recorded(policy, **options):
+        completions = real(policy, **options)
+        drawn.append((options["prompts"], completions.texts))
+        return completions
+
+    monkeypatch.setattr(sampling, "sample", recorded)
+    output = run("--bounded_reward", "true", "--completions_per_prompt", 2, "--steps", 1)
+    entry = timeless(output)[0]
+    (prompts, texts), (asked, sft) = drawn[:2]
+    assert len(prompts) == 6 and len(asked) == 3 and [each for each in asked for _ in range(2)] == prompts
+    judge = RewardModelEvaluator(str(toy / "judge"), device="cpu")
+    ours, theirs = (
+        np.array(judge.reward_function([each.messages for each in of], answers))
+        for of, answers in ((prompts, texts), (asked, sft))
+    )
+    expected = 1 / (1 + np.exp(-(ours - np.repeat(theirs, 2))))
+    assert entry["score"] == pytest.approx(expected.mean(), abs=1e-4) and 0 < entry["score"] < 1
+
+
 # --- stopped, killed, made longer ------------------------------------------------------------------------------------
 
 
@@ -452,6 +520,7 @@ def test_processes_that_can_not_share_the_work_are_refused(refused, monkeypatch,
         (("--data", "nowhere"), "load_helpsteer_dataset.py"),
         (("--max_new_tokens", "48"), "reads 64 tokens"),
         (("--max_new_tokens", "49"), "reads 64 tokens"),
+        (("--reward_function", "nowhere:rewards"), "--reward_function nowhere:rewards: No module"),
     ],
 )
 def test_bad_input_is_named_and_nothing_is_made(refused, tmp_path, arguments, message):
@@ -525,6 +594,11 @@ def test_a_second_run_into_one_directory_is_refused(refused, tmp_path):
         ("--seed", "99999999999999999999"),
         ("--steps", "2.5"),
         ("--max_prompt_length", "5"),
+        ("--reward_model", "none"),
+        ("--reward_model", "none", "--reward_function", "a:b", "--bounded_reward", "true"),
+        ("--baseline", "leave_one_out"),
+        ("--completions_per_step", "30", "--completions_per_prompt", "4"),
+        ("--constrained_share", "1.5"),
     ],
 )
 def test_a_bad_flag_is_one_line(arguments, capsys):
