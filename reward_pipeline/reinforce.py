@@ -110,10 +110,9 @@ def token_distributions(
         ).logits
     # The logits at one place are those of the next token. Softmax in fp32: bf16 has three digits, and two policies that
     # are one update apart differ by less.
-    first = prompt_lengths - prompt_lengths.min()
-    places = first[:, None] + torch.arange(mask.shape[1], device=ids.device)
-    logits = logits.take_along_dim(places[:, :, None], dim=1)
-    return (logits.float() / temperature).log_softmax(dim=-1)
+    first = (prompt_lengths - prompt_lengths.min()).tolist()
+    own = torch.stack([row[start : start + mask.shape[1]] for row, start in zip(logits, first, strict=True)])
+    return (own.float() / temperature).log_softmax(dim=-1)
 
 
 def log_probabilities(distributions: torch.Tensor, completions: Completions) -> torch.Tensor:

@@ -13,10 +13,12 @@ import pandas
 import pytest
 import scipy.special
 import torch
+from accelerate.state import AcceleratorState
 from conftest import make_pairs, parse, run_main
 from test_pair_metrics import random_columns
 from test_reward_training import make_trainer
 from transformers import AutoTokenizer
+from trl import RLOOTrainer
 
 from benchmarks import (
     compare_runs,
@@ -34,6 +36,7 @@ from reward_pipeline import (
     models,
     reinforce,
     reward_training,
+    rollouts,
 )
 from reward_pipeline import (
     processed as processed_room,
@@ -609,3 +612,37 @@ def test_a_run_becomes_a_table(policy_run, tmp_path, monkeypatch, capsys):
     (policy_run / "metrics.jsonl").unlink()
     with pytest.raises(InputError, match="no finished run here"):
         gradient_variance.read_run(policy_run)
+
+
+def test_rloo_is_evaluated_as_our_own_runs_are(
+    policy_run, prepared, tiny_model, other_reward_model, tmp_path, monkeypatch, capsys
+):
+    """On the prompts in our order, and with the same answers of the SFT model."""
+    asked, real = [], RLOOTrainer._generate
+    monkeypatch.setattr(
+        RLOOTrainer, "_generate", lambda self, prompts, *rest: (asked.extend(prompts), real(self, prompts, *rest))[1]
+    )
+    flags = ["--model", tiny_model, "--reward_model", other_reward_model, "--data", prepared, "--steps", 2]
+    flags += ["--completions_per_step", 4, "--micro_batch_size", 2, "--max_new_tokens", 6, "--max_prompt_length", 32]
+    flags += ["--evaluation_prompts", 3, "--completions_per_prompt", 2]
+    ours, theirs = tmp_path / "ours", tmp_path / "theirs"
+    for script, output in (("benchmarks/rloo_trainer", theirs), ("train_reinforce", ours)):
+        AcceleratorState._reset_state()
+        run_main(script, monkeypatch, *flags, "--output_dir", output)
+    results = [json.loads((each / "evaluation.json").read_text()) for each in (ours, theirs)]
+    assert results[0].keys() == results[1].keys() and not list(theirs.glob("*.safetensors"))
+    for name in ("reward_before", "length_before", "constraint_n", "constraint_pass_before"):
+        assert results[0][name] == pytest.approx(results[1][name], abs=1e-3)
+    splits, _ = load_processed(prepared)
+    tokenizer = models.load_tokenizer(tiny_model)
+    prompts, _ = rollouts.read_prompts(splits, tokenizer, "data", 32, 2, 3, 42)
+    batches = itertools.islice(rollouts.batches(prompts, 2, 42), 2)
+    expected = [prompt.messages for batch in batches for prompt in batch for _ in range(2)]
+    assert sorted(map(str, asked)) == sorted(map(str, expected))
+
+    capsys.readouterr()
+    run_main("benchmarks/compare_policies", monkeypatch, ours, theirs)
+    printed = capsys.readouterr().out
+    assert "| ours " in printed and "| theirs " in printed and "not alike" not in printed
+    with pytest.raises(SystemExit):
+        run_main("benchmarks/compare_policies", monkeypatch, tmp_path)
