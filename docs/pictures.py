@@ -115,10 +115,11 @@ def accuracy_table(results: dict[str, Any]) -> str:
 
 def reinforce_table(results: dict[str, Any]) -> str:
     """Before and after, by each judge, as Markdown."""
-    lines = ["| reward by | before | after | win rate (95 %) |", "|---|---|---|---|"]
+    lines = ["| reward by | before | after | gain at equal form (95 %) | win rate (95 %) |", "|---|---|---|---|---|"]
     for each in results["reinforce"]["judges"]:
         rate = f"{each['win_rate']:.3f} ({each['low']:.3f} to {each['high']:.3f})"
-        lines.append(f"| {each['label']} | {each['before']:+.3f} | {each['after']:+.3f} | {rate} |")
+        equal = f"{each['equal_form']:+.3f} ({each['equal_low']:.3f} to {each['equal_high']:.3f})"
+        lines.append(f"| {each['label']} | {each['before']:+.3f} | {each['after']:+.3f} | {equal} | {rate} |")
     return "\n".join(lines)
 
 
