@@ -38,7 +38,7 @@ from reward_pipeline.settings import filled_text, whole
 
 # Operations a parameter and token of a completion: sampling, judge and reference go forward, the gradient back as well.
 OPERATIONS = 3 * measure.FORWARD + measure.TRAINING
-COMPLETIONS = 32  # an update; the plain loop needs some 20 GB for them
+COMPLETIONS = 16  # an update; with the 32 of `train_reinforce.py` both contenders together need 24 GiB
 ENDLESS = 10**6  # updates
 
 
