@@ -62,18 +62,18 @@ CONSTRAINED_SHARE = 0.0  # of the training prompts, joined with a constraint tha
 MAX_NEW_TOKENS = 48 if ON_MPS else 64  # tokens of a completion
 TEMPERATURE = 1.0  # of sampling and of all log-probabilities
 # optimisation
-STEPS = 50  # updates
+STEPS = 40  # updates
 COMPLETIONS_PER_STEP = 32  # of all processes together
 COMPLETIONS_PER_PROMPT = 1  # more at equal cost: so many times fewer prompts
 MICRO_BATCH_SIZE = 8  # completions per forward and backward pass
-LEARNING_RATE = 2e-5  # constant after the warm-up
+LEARNING_RATE = 3e-5  # constant after the warm-up
 WARMUP_STEPS = 6  # updates
 MAX_GRAD_NORM = 1.0  # gradient clipping
 # reward, in standard deviations of the reward model
 BOUNDED_REWARD = False  # sigmoid of the difference to the SFT model's own answer instead
 REWARD_FUNCTION = None  # "module:function" of TRL's signature, added to it
 REWARD_FUNCTION_WEIGHT = 1.0  # what it is multiplied by
-KL_COEFFICIENT = 0.03  # beta, per nat of the whole completion
+KL_COEFFICIENT = 0.05  # beta, per nat of the whole completion
 MISSING_EOS_PENALTY = 1.0  # for a completion that did not end
 BASELINE = "mean"  # of all previous steps; or "ema", "leave_one_out", or "none"
 EMA_DECAY = 0.9  # of the "ema" baseline, per step
@@ -177,14 +177,14 @@ def main() -> None:
 
     # --- prompts, judges, policy and reference: everything needed is found before anything is made
     output, checkpoints = Path(options.output_dir), Path(options.output_dir) / "checkpoints"
-    judge_names = [name for name in (options.reward_model, options.second_judge) if name not in ("none", None)]
-    needed = [options.model, *judge_names]
-    runs.claim_output(output, needed, rewards=False)
+    judges = [name for name in (options.reward_model, options.second_judge) if name not in ("none", None)]
+    runs.claim_output(output, [options.model, *judges], rewards=False)
     splits, metadata = processed.load_processed(options.data)
     sft = models.resolve_model(options.model)
     tokenizer = models.load_tokenizer(sft.path)
     lengths = options.max_prompt_length, options.max_new_tokens
-    per_prompt, prompts_per_step = (n := options.completions_per_prompt), options.completions_per_step // n
+    per_prompt = options.completions_per_prompt
+    prompts_per_step = options.completions_per_step // per_prompt
     amounts = prompts_per_step, options.evaluation_prompts
     prompts, unseen = rollouts.read_prompts(splits, tokenizer, options.data, lengths[0], *amounts, options.seed)
     joined = partial(rollouts.constrained, tokenizer=tokenizer, max_length=lengths[0], seed=options.seed)

@@ -197,7 +197,7 @@ def test_the_log_is_that_of_the_algorithm(finished):
     assert abs(log[0]["kl"]) < 1e-5 and abs(log[1]["kl"]) > 1e-4  # the policy begins as the reference, and leaves it
     for entry in log:
         assert entry["reward"] == pytest.approx(
-            entry["score"] - 0.03 * entry["kl"] - 1.0 * (1 - entry["ended"]), abs=1e-5
+            entry["score"] - 0.05 * entry["kl"] - 1.0 * (1 - entry["ended"]), abs=1e-5
         )
         assert entry["gradient_norm"] > 0 and 0 < entry["entropy"] < math.log(14) and 1 <= entry["length"] <= 5
         assert entry["learning_rate"] == 1e-2 and set(entry["sample"]) == {"prompt", "completion", "score"}
@@ -377,7 +377,7 @@ def test_more_steps_make_a_finished_run_longer(run, refused, finished, monkeypat
         run()
     # Stopped in its evaluation, the longer run is not finished, and other settings continue neither.
     message = refused("--kl_coefficient", 0.5)
-    assert "holds a finished run with other settings (kl_coefficient 0.03 -> 0.5, steps 2 -> 4)" in message
+    assert "holds a finished run with other settings (kl_coefficient 0.05 -> 0.5, steps 2 -> 4)" in message
     assert "has more updates than --steps 3" in refused("--steps", 3)
     assert same_results(run(), finished)
     run("--kl_coefficient", 0.5, "--fresh", "--steps", 1)
