@@ -187,5 +187,6 @@ def answers_of(
             rows += zip(batches[number], *columns, strict=True)
         return rows
 
-    _, texts, lengths, ended, kl = zip(*sorted(gather_object(together(own_share))), strict=True)
-    return Answers(list(texts), np.array(lengths), np.array(ended), np.array(kl))
+    rows = sorted(gather_object(together(own_share)))
+    lengths, ended, kl = (np.array([row[column] for row in rows]) for column in (2, 3, 4))
+    return Answers([row[1] for row in rows], lengths, ended, kl)

@@ -98,6 +98,12 @@ def test_answers_stand_in_the_order_of_the_prompts_with_their_kl(answers_of):
         assert sequence_kl(log_probs, others, alone.mask).item() == pytest.approx(after.kl[number], abs=1e-4)
 
 
+def test_no_prompts_have_no_answers(answers_of):
+    """Where no constraint fits into a prompt."""
+    none = answers_of(small_llama(8), prompts=[])
+    assert none.texts == [] and len(none.lengths) == len(none.kl) == 0
+
+
 def test_the_reference_is_at_no_kl_from_itself(answers_of):
     measured, left = (answers_of(answers_of.reference, reference=each) for each in (answers_of.reference, None))
     assert not measured.kl.any() and not left.kl.any() and measured.texts == left.texts
