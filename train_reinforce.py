@@ -446,7 +446,8 @@ def report(results: dict, output: Path) -> str:
         lines.append(
             f"constraints   {results['constraint_pass_before']:.3f} -> {results['constraint_pass_after']:.3f} kept, "
             f"gain {difference(results['constraint_pass_gain'], results['constraint_pass_gain_interval'])}, "
-            f"n = {results['constraint_n']}"
+            f"n = {results['constraint_n']}; without being asked {results['constraint_unasked_before']:.3f} -> "
+            f"{results['constraint_unasked_after']:.3f}"
         )
     lines.append(
         f"length x {results['length_ratio']:.2f}, distinct 3-grams x {results['distinct3_ratio']:.2f}, ended "

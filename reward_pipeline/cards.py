@@ -331,7 +331,8 @@ in reward on the differences in 25 counts of form.
 ## Constraints that a rule checks
 Answers to {results["constraint_n"]:,} of these prompts with a constraint joined to each, in wordings that no training
 sees: {number(results["constraint_pass_before"])} → {number(results["constraint_pass_after"])} keep it, a gain of
-{difference(results["constraint_pass_gain"], results["constraint_pass_gain_interval"])}.
+{difference(results["constraint_pass_gain"], results["constraint_pass_gain_interval"])}. Of the answers without it
+{number(results["constraint_unasked_before"])} → {number(results["constraint_unasked_after"])} would keep it by chance.
 
 | constraint | n | before | after |
 |---|---|---|---|

@@ -204,30 +204,53 @@ def form_drift(before: Sequence[str], after: Sequence[str], form_model: Mapping[
     return mean_change("form_score", *scores) | {"form_counts": each}
 
 
-def constraint_figures(prompts: Sequence[PolicyPrompt], before: Answers, after: Answers) -> dict[str, Any]:
-    """Whether N answers keep the constraints of their prompts, each of which has one.
+def constraint_figures(
+    prompts: Sequence[PolicyPrompt],
+    asked: tuple[Answers, Answers],
+    plain_prompts: Sequence[PolicyPrompt],
+    plain: tuple[Answers, Answers],
+) -> dict[str, Any]:
+    """Whether answers before and after keep constraints, and whether they would without being asked.
+
+    A policy that writes less keeps more of them by chance ("at most 20 words"). What it reads of a constraint is the
+    difference to its answer to the same prompt without.
+
+    Args:
+        prompts: N, each with its constraint; asked: the answers to them.
+        plain_prompts: among them the same, by their `place`, without a constraint; plain: the answers to them.
 
     Returns:
-        `constraint_n`, `constraint_pass`, as `mean_change` gives it, and `constraint_kinds`: `n` and the shares of
-        answers that keep it, `before` and `after`, for each kind of constraint.
+        `constraint_n`; `constraint_pass`, `constraint_unasked` and, of their differences, `constraint_read`, as
+        `mean_change` gives them; `constraint_kinds`: `n`, and of either the shares `before` and `after`, by kind.
     """
+    names = ("constraint_pass", "constraint_unasked", "constraint_read")
     if not prompts:
-        names = ("before", "after", "gain", "gain_interval")
-        return {"constraint_n": 0, **{f"constraint_pass_{name}": None for name in names}, "constraint_kinds": {}}
-    asked = [prompt.constraint for prompt in prompts if prompt.constraint]
-    kept = [
-        np.array([float(keeps(constraint, text)) for constraint, text in zip(asked, side.texts, strict=True)])
-        for side in (before, after)
-    ]
-    kinds = np.array([constraint.kind for constraint in asked])
+        nothing = {f"{name}_{what}": None for name in names for what in (*WHEN, "gain", "gain_interval")}
+        return {"constraint_n": 0, **nothing, "constraint_kinds": {}}
+    row_of = {prompt.place: row for row, prompt in enumerate(plain_prompts)}
+    rows = [row_of[prompt.place] for prompt in prompts]
+    constraints = [prompt.constraint for prompt in prompts if prompt.constraint]
+
+    def kept(texts: Sequence[str]) -> np.ndarray:
+        """1 or 0 for each prompt, float64."""
+        return np.array([float(keeps(*each)) for each in zip(constraints, texts, strict=True)])
+
+    passed = [kept(side.texts) for side in asked]
+    unasked = [kept([side.texts[row] for row in rows]) for side in plain]
+    figures = passed, unasked, [both - alone for both, alone in zip(passed, unasked, strict=True)]
+    shares = dict(zip(WHEN, passed, strict=True)) | {
+        f"unasked_{when}": side for when, side in zip(WHEN, unasked, strict=True)
+    }
+    kinds = np.array([constraint.kind for constraint in constraints])
     each = {
         str(kind): {
             "n": int((kinds == kind).sum()),
-            **{when: float(side[kinds == kind].mean()) for when, side in zip(WHEN, kept, strict=True)},
+            **{name: float(side[kinds == kind].mean()) for name, side in shares.items()},
         }
         for kind in np.unique(kinds)
     }
-    return {"constraint_n": len(prompts), **mean_change("constraint_pass", *kept), "constraint_kinds": each}
+    changes = [mean_change(name, *sides) for name, sides in zip(names, figures, strict=True)]
+    return {"constraint_n": len(prompts), **changes[0], **changes[1], **changes[2], "constraint_kinds": each}
 
 
 def evaluation(
@@ -312,7 +335,8 @@ def outcome(
     return Outcome(
         *answers,
         opinions,
-        evaluation(*answers, opinions, form_model) | constraint_figures(constrained, *constrained_answers),
+        evaluation(*answers, opinions, form_model)
+        | constraint_figures(constrained, constrained_answers, prompts, answers),
         sample_rows(prompts, *answers, opinions),
         sample_rows(constrained, *constrained_answers, {}),
     )

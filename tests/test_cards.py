@@ -126,6 +126,7 @@ def test_the_card_of_a_policy(tmp_path):
     results |= judged | {f"{who}_{name}": None for name in judged for who in ("second_judge", "function")}
     results |= {"form_score_before": 1.0, "form_score_after": 1.5, "constraint_n": 3, "constraint_pass_before": 0.25}
     results |= {"constraint_pass_after": 0.5, "constraint_pass_gain": 0.25, "constraint_pass_gain_interval": [0.0, 0.5]}
+    results |= {"constraint_unasked_before": 0.125, "constraint_unasked_after": 0.1875}
     results["constraint_kinds"] = {"no_commas": {"n": 3, "before": 0.25, "after": 0.5}}
     results["form_counts"] = {name: {"answers_before": 1, "answers_after": 7} for name in cards.SHOWN_MARKS}
     settings = SETTINGS | METADATA | {"reward_model": "./reward_model_output", "completions_per_step": 8}

@@ -127,16 +127,25 @@ def test_the_drift_of_form_by_hand():
 
 def test_constraints_are_counted_by_kind():
     prompts = [
-        PolicyPrompt([], [1], "", Constraint(*each))
-        for each in (("words", 2), ("words", 2), ("words", 2), ("json", None))
+        PolicyPrompt([], [1], place, Constraint(*each))
+        for place, each in zip("abcd", (("words", 2), ("words", 2), ("words", 2), ("json", None)), strict=True)
     ]
     before = answers(["a b c", "a b", "a b c", "{}"], [3] * 4, [True] * 4, [0] * 4)
     after = answers(["a", "a b", "a b c", '{"a": 1}'], [3] * 4, [True] * 4, [0] * 4)
-    figures = policy_metrics.constraint_figures(prompts, before, after)
+    plain_prompts = [PolicyPrompt([], [1], place) for place in "xdcba"]  # one had no room for a constraint
+    plain = (
+        answers(["a b", "{}", "a b c", "a b c", "a b"], [3] * 5, [True] * 5, [0] * 5),
+        answers(["a b", "a", "a b c", "a b", "a b"], [3] * 5, [True] * 5, [0] * 5),
+    )
+    figures = policy_metrics.constraint_figures(prompts, (before, after), plain_prompts, plain)
+    third, thirds = pytest.approx(1 / 3), pytest.approx(2 / 3)
     assert figures["constraint_kinds"] == {
-        "json": {"n": 1, "before": 0.0, "after": 1.0},
-        "words": {"n": 3, "before": pytest.approx(1 / 3), "after": pytest.approx(2 / 3)},
+        "json": {"n": 1, "before": 0.0, "after": 1.0, "unasked_before": 0.0, "unasked_after": 0.0},
+        "words": {"n": 3, "before": third, "after": thirds, "unasked_before": third, "unasked_after": thirds},
     }
+    names = ("before", "after", "gain")
+    assert [figures[f"constraint_unasked_{name}"] for name in names] == [0.25, 0.5, 0.25]
+    assert [figures[f"constraint_read_{name}"] for name in names] == [0.0, 0.25, 0.25]
     assert (figures["constraint_n"], figures["constraint_pass_before"], figures["constraint_pass_after"]) == (
         4,
         0.25,
@@ -149,7 +158,7 @@ def test_constraints_are_counted_by_kind():
         (False, True), (True, True), (False, False), (False, True),
     ]  # fmt: skip
     assert rows[3]["kind"] == "json" and rows[0]["value"] == 2
-    none = policy_metrics.constraint_figures([], before, after)
+    none = policy_metrics.constraint_figures([], (before, after), plain_prompts, plain)
     assert none.keys() == figures.keys() and none["constraint_n"] == 0 and none["constraint_pass_gain"] is None
 
 
