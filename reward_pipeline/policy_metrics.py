@@ -227,8 +227,6 @@ def constraint_figures(
     if not prompts:
         nothing = {f"{name}_{what}": None for name in names for what in (*WHEN, "gain", "gain_interval")}
         return {"constraint_n": 0, **nothing, "constraint_kinds": {}}
-    row_of = {prompt.place: row for row, prompt in enumerate(plain_prompts)}
-    rows = [row_of[prompt.place] for prompt in prompts]
     constraints = [prompt.constraint for prompt in prompts if prompt.constraint]
 
     def kept(texts: Sequence[str]) -> np.ndarray:
@@ -236,11 +234,10 @@ def constraint_figures(
         return np.array([float(keeps(*each)) for each in zip(constraints, texts, strict=True)])
 
     passed = [kept(side.texts) for side in asked]
-    unasked = [kept([side.texts[row] for row in rows]) for side in plain]
-    figures = passed, unasked, [both - alone for both, alone in zip(passed, unasked, strict=True)]
-    shares = dict(zip(WHEN, passed, strict=True)) | {
-        f"unasked_{when}": side for when, side in zip(WHEN, unasked, strict=True)
-    }
+    plain_texts = [dict(zip((prompt.place for prompt in plain_prompts), side.texts, strict=True)) for side in plain]
+    unasked = [kept([texts[prompt.place] for prompt in prompts]) for texts in plain_texts]
+    read = [both - alone for both, alone in zip(passed, unasked, strict=True)]
+    shares = dict(zip((*WHEN, "unasked_before", "unasked_after"), (*passed, *unasked), strict=True))
     kinds = np.array([constraint.kind for constraint in constraints])
     each = {
         str(kind): {
@@ -249,8 +246,10 @@ def constraint_figures(
         }
         for kind in np.unique(kinds)
     }
-    changes = [mean_change(name, *sides) for name, sides in zip(names, figures, strict=True)]
-    return {"constraint_n": len(prompts), **changes[0], **changes[1], **changes[2], "constraint_kinds": each}
+    changes: dict[str, Any] = {}
+    for name, sides in zip(names, (passed, unasked, read), strict=True):
+        changes |= mean_change(name, *sides)
+    return {"constraint_n": len(prompts), **changes, "constraint_kinds": each}
 
 
 def evaluation(
