@@ -350,17 +350,19 @@ better answer: read `samples.md`.
 
 
 def samples_page(rows: Sequence[dict[str, Any]], constrained: Sequence[dict[str, Any]]) -> str:
-    """Some of the answers before and after, in Markdown: evenly spread over the gain in reward, and with constraints.
+    """Some of the answers before and after, in Markdown: evenly spread over the gain in reward, if there
+    is one, and with constraints.
 
     Args:
         rows, constrained: of `policy_metrics.sample_rows`.
     """
-    by = "reward" if "reward_before" in rows[0] else "function"
-    ranked = sorted(rows, key=lambda row: row[f"{by}_after"] - row[f"{by}_before"])
+    by = next((name for name in ("reward", "function") if f"{name}_before" in rows[0]), None)
+    ranked = sorted(rows, key=lambda row: row[f"{by}_after"] - row[f"{by}_before"]) if by else rows
     lines = ["| prompt | before | after | reward |", "|---|---|---|---|"]
     for row in spread(ranked):
         cells = map(cell, (row["prompt"][-1]["content"], row["before"], row["after"]))
-        lines.append(f"| {' | '.join(cells)} | {row[f'{by}_before']:+.2f} → {row[f'{by}_after']:+.2f} |")
+        rewards = f"{row[f'{by}_before']:+.2f} → {row[f'{by}_after']:+.2f}" if by else ""
+        lines.append(f"| {' | '.join(cells)} | {rewards} |")
     if constrained:
         lines += ["", "With a constraint:", "", "| prompt | before | after | kept |", "|---|---|---|---|"]
     for row in spread(constrained):

@@ -468,8 +468,8 @@ def kept(
     """1.0 for each of N answers that keeps its constraint, else 0.0: a reward function as TRL calls them.
 
     Args:
-        constraint: (N,) a `Constraint`, also as a list, or None for a prompt without one, whose answers get 0.0.
+        constraint: (N,) a `Constraint`, also as a list, or None for a prompt without one, whose answers get None.
         kwargs: other columns of the data set, and what else TRL hands over.
     """
     pairs = zip(completions, constraint, strict=True)
-    return [float(asked is not None and keeps(Constraint(*asked), response_text(answer))) for answer, asked in pairs]
+    return [float(keeps(Constraint(*asked), response_text(answer))) if asked else None for answer, asked in pairs]

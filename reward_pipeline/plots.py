@@ -200,14 +200,13 @@ def plot_steps(log: Sequence[dict[str, float]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def plot_before_and_after(before: Answers, after: Answers, judged: dict[str, Any], path: Path) -> None:
-    """Distributions of reward and length on the evaluation prompts."""
-    figure = Figure(figsize=(10, 4), layout="constrained")
-    rewards, lengths = figure.subplots(1, 2)
-    for axes, label, values in (
-        (rewards, "reward (standard deviations)", (judged["rewards_before"], judged["rewards_after"])),
-        (lengths, "length (tokens)", (before.lengths, after.lengths)),
-    ):
+def plot_before_and_after(before: Answers, after: Answers, judged: dict[str, Any] | None, path: Path) -> None:
+    """Distributions of length on the evaluation prompts, and of reward, if there is one."""
+    drawn = {"length (tokens)": (before.lengths, after.lengths)}
+    if judged:
+        drawn = {"reward (standard deviations)": (judged["rewards_before"], judged["rewards_after"])} | drawn
+    figure = Figure(figsize=(5 * len(drawn), 4), layout="constrained")
+    for axes, (label, values) in zip(figure.subplots(1, len(drawn), squeeze=False)[0], drawn.items(), strict=True):
         edges = np.histogram_bin_edges(np.concatenate(values), bins=30)
         for name, each in zip(("SFT", "aligned"), values, strict=True):
             axes.hist(each, edges, alpha=0.5, label=name)

@@ -140,9 +140,15 @@ def compare_answers(
 
 def compare_by_function(
     name: str, function: RewardFunction, prompts: Sequence[PolicyPrompt], before: Answers, after: Answers
-) -> dict[str, Any]:
-    """The comparison of `compare_rewards` by a reward function of that name."""
-    old, new = (np.array(function_rewards(name, function, prompts, side.texts)) for side in (before, after))
+) -> dict[str, Any] | None:
+    """The comparison of `compare_rewards` by a reward function of that name; None if it is applicable to no answer.
+
+    A function of constraints has nothing to say of prompts without any, and a gain of 0 would be said of them.
+    """
+    rewards = [function_rewards(name, function, prompts, side.texts) for side in (before, after)]
+    if all(reward is None for side in rewards for reward in side):
+        return None
+    old, new = (np.array([reward or 0.0 for reward in side]) for side in rewards)
     return compare_rewards(old, new, before, after)
 
 
@@ -265,9 +271,10 @@ def evaluation(
         By the training judge: `n`, `reward_before`, `reward_after`, `reward_gain` and its paired bootstrap 95 %
         interval, `wilcoxon_p`, `reward_gain_at_equal_form` and its interval, `win_rate` against SFT (ties half) and its
         interval; the same with `second_judge_` in front by the second judge, with `function_` by the reward function;
-        None without one. Of the texts: mean lengths in tokens and `length_ratio`; `distinct3` before and after, of each
-        pair of answers cut to equal length, and `distinct3_ratio`; `repetition` and `ended` before and after; mean `kl`
-        of the policy's answers to the reference in nats; and what `form_drift` says.
+        None without one, or where it is applicable to no answer. Of the texts: mean lengths in tokens and
+        `length_ratio`; `distinct3` before and after, of each pair of answers cut to equal length, and
+        `distinct3_ratio`; `repetition` and `ended` before and after; mean `kl` of the policy's answers to the reference
+        in nats; and what `form_drift` says.
     """
     texts: dict[str, float] = {}
     equal = cut_to_equal_words(before.texts, after.texts)
@@ -377,7 +384,7 @@ def write_policy_results(
     plots, results = directory / "plots", outcome.results
     plots.mkdir()
     plot_steps(log, plots / "training.png")
-    judged = next(filter(None, outcome.opinions.values()))
+    judged = next(filter(None, outcome.opinions.values()), None)
     plot_before_and_after(outcome.before, outcome.after, judged, plots / "before_and_after.png")
     plot_drift(results, plots / "drift.png")
     for name, content in {"evaluation": rounded_evaluation(results), "settings": settings}.items():

@@ -44,12 +44,12 @@ def load_reward_function(name: str) -> RewardFunction:
 
 def function_rewards(
     name: str, function: RewardFunction, prompts: Sequence[PolicyPrompt], texts: Sequence[str]
-) -> list[float]:
+) -> list[float | None]:
     """Rewards of N completions by a function, called as TRL calls it for conversations.
 
     It gets `prompts` and `completions` as message lists, and lists of N as further columns: `constraint`, of
-    `constraints.constrain` or None, and `place`, where the prompt comes from. None instead of a reward, which stands
-    for "not applicable" in TRL, counts as 0.
+    `constraints.constrain` or None, and `place`, where the prompt comes from. None instead of a reward stands for "not
+    applicable", as in TRL.
 
     Args:
         name: of the function, for messages.
@@ -64,13 +64,13 @@ def function_rewards(
             completions=[[{"role": "assistant", "content": text}] for text in texts],
             **columns,
         )
-        rewards = [0.0 if reward is None else float(reward) for reward in returned]
+        rewards = [None if reward is None else float(reward) for reward in returned]
     except Exception as error:
         raise InputError(f"--reward_function {name}: {type(error).__name__}: {first_line(error)}") from error
     if len(rewards) != len(texts):
         raise InputError(f"--reward_function {name}: returned {len(rewards)} rewards for {len(texts)} completions")
     for prompt, reward in zip(prompts, rewards, strict=True):
-        if not math.isfinite(reward):
+        if reward is not None and not math.isfinite(reward):
             raise InputError(f"--reward_function {name}: {reward} for an answer to {prompt.place}")
     return rewards
 
@@ -84,6 +84,8 @@ def parts_of_rewards(
 ) -> dict[str, list[float]]:
     """What N completions are rewarded for, `judge` and `function`, where there is one; and `form_score`, for the log.
 
+    What the function finds not applicable counts as 0.
+
     Args:
         function: with its name.
         form_model: weights of `form.fit_form_model`.
@@ -93,7 +95,7 @@ def parts_of_rewards(
         # It reads the whole completion and gives one number for it, for an empty one too.
         parts["judge"] = judge.reward_function([prompt.messages for prompt in prompts], texts)
     if function:
-        parts["function"] = function_rewards(*function, prompts, texts)
+        parts["function"] = [reward or 0.0 for reward in function_rewards(*function, prompts, texts)]
     return parts | {"form_score": form_scores(form_model, texts).tolist()}
 
 

@@ -194,6 +194,8 @@ def test_samples_are_spread_over_the_gain_and_shown_literally():
     assert lines[0] == r"| q0 | a\|b | &lt;i> c | +0.00 → +0.00 |"
     assert len(lines) == cards.SHOWN_SAMPLES and lines[-1].endswith("+0.00 → +29.00 |")
     alone = [{name.replace("reward", "function"): value for name, value in row.items()} for row in rows]
+    unrated = [{name: row[name] for name in ("prompt", "before", "after")} for row in rows]
+    assert cards.samples_page(unrated, []).splitlines()[2] == r"| q0 | a\|b | &lt;i> c |  |"
     kept = [{**row, "kept_before": False, "kept_after": True} for row in rows[:2]]
     page = cards.samples_page(alone, kept).splitlines()
     assert page[2:14] == lines and page[-2:] == [rf"| q{number} | a\|b | &lt;i> c | no → yes |" for number in range(2)]

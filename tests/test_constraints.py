@@ -272,8 +272,8 @@ def test_rewards_as_trl_asks_for_them():
     constraint = [Constraint("no_commas", None), ["no_commas", None], ["sentences", 2], ["words", 5], None]
     others = {"completion_ids": [[1]] * 5, "trainer_state": None, "category": ["x"] * 5}
     columns = {"prompts": [user("Tea?")] * 5, "constraint": constraint, **others}
-    assert kept(completions=answers, **columns) == [1.0, 0.0, 1.0, 0.0, 0.0]
-    assert kept(completions=[assistant(answer) for answer in answers], **columns) == [1.0, 0.0, 1.0, 0.0, 0.0]
+    assert kept(completions=answers, **columns) == [1.0, 0.0, 1.0, 0.0, None]
+    assert kept(completions=[assistant(answer) for answer in answers], **columns) == [1.0, 0.0, 1.0, 0.0, None]
 
 
 def test_a_constraint_for_each_answer():

@@ -9,7 +9,7 @@ import torch
 from conftest import save_reward_model
 from datasets import Dataset
 
-from reward_pipeline import policy_metrics
+from reward_pipeline import plots, policy_metrics
 from reward_pipeline.constraints import Constraint
 from reward_pipeline.conversations import encode
 from reward_pipeline.files import InputError
@@ -85,7 +85,7 @@ def test_the_comparison_by_a_judge_by_hand():
     assert 0.05 < judged["wilcoxon_p"] < 1  # four prompts can not be more significant than 1 in 8
 
 
-def test_the_evaluation_by_hand():
+def test_the_evaluation_by_hand(tmp_path):
     judged, second = (
         policy_metrics.compare_answers(WordCountingJudge(factor), PROMPTS, BEFORE, AFTER) for factor in (2.0, -1.0)
     )
@@ -106,6 +106,13 @@ def test_the_evaluation_by_hand():
     assert alone.keys() == results.keys()
     assert {alone[name] for name in ("reward_gain", "win_rate", "second_judge_reward_gain")} == {None}
     assert (alone["function_reward_gain"], alone["function_win_rate"]) == (1.25, results["win_rate"])
+
+    unrated = policy_metrics.compare_by_function("mine:none", lambda **columns: [None] * 4, PROMPTS, BEFORE, AFTER)
+    assert unrated is None
+    none = {"reward": None, "second_judge": None, "function": unrated}
+    plots.plot_before_and_after(BEFORE, AFTER, unrated, tmp_path / "before_and_after.png")
+    assert (tmp_path / "before_and_after.png").stat().st_size > 0
+    assert policy_metrics.evaluation(BEFORE, AFTER, none, FORM_MODEL)["function_win_rate"] is None
 
     rows = policy_metrics.sample_rows(PROMPTS, BEFORE, AFTER, opinions)
     assert rows[0] == {

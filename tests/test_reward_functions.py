@@ -46,13 +46,16 @@ def module(tmp_path, monkeypatch):
     sys.modules.pop("rewards_by_hand", None)
 
 
-def rewards_by(name: str) -> list[float]:
+def rewards_by(name: str) -> list[float | None]:
     function = reward_functions.load_reward_function(f"rewards_by_hand:{name}")
     return reward_functions.function_rewards(f"rewards_by_hand:{name}", function, PROMPTS, ["four", ""])
 
 
 def test_a_function_is_called_as_trl_calls_it(module):
-    assert rewards_by("by_hand") == [4.0, 0.0]
+    assert rewards_by("by_hand") == [4.0, None]
+    function = reward_functions.load_reward_function("rewards_by_hand:by_hand")
+    parts = reward_functions.parts_of_rewards(PROMPTS, ["four", ""], None, ("mine", function), {"bold": 1.0})
+    assert parts["function"] == [4.0, 0.0]
 
 
 @pytest.mark.parametrize(

@@ -281,6 +281,8 @@ def test_a_function_alone_needs_no_judge(run, refused):
     results, entry = json.loads((output / "evaluation.json").read_text()), timeless(output)[0]
     assert results["reward_gain"] is None and results["second_judge_reward_gain"] is not None
     assert "judge" not in entry and entry["score"] == entry["function"]
+    # It has nothing to say of prompts without a constraint.
+    assert results["function_reward_gain"] is None and results["constraint_pass_gain"] is not None
     assert (output / "samples.md").exists() and (output / "plots" / "drift.png").stat().st_size > 0
 
 
