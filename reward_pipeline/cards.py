@@ -11,10 +11,10 @@ import pandas
 from huggingface_hub import DatasetCardData, EvalResult, ModelCardData
 
 from reward_pipeline.files import replace_file, write_text
+from reward_pipeline.mistakes import with_margins
 from reward_pipeline.models import PACKAGE, PACKAGED_MODEL
 from reward_pipeline.pair_metrics import Columns, difference, gain, number, span
 from reward_pipeline.plots import plot_evaluation
-from reward_pipeline.statistics import TIE
 
 SHOWN_SAMPLES = 12  # in samples.md
 SHOWN_MARKS = ("bold", "headings", "bullets", "numbered_items", "code_fences")  # of form, in the card of a policy
@@ -48,8 +48,7 @@ def write_evaluation(columns: Columns, metrics: dict[str, Any], directory: Path)
 def mistakes_page(columns: Columns) -> str:
     """The pairs that the model gets most wrong, in Markdown: their margins are the furthest below 0."""
     table = pandas.DataFrame(columns)
-    table["margin"] = table["chosen_reward"] - table["rejected_reward"]
-    wrong = table[table["margin"] < -TIE]
+    wrong = with_margins(table)
 
     def answer(row: dict[str, Any], side: str) -> str:
         rated = "" if math.isnan(row[f"{side}_rating"]) else f", rated {row[f'{side}_rating']:g}"
@@ -65,7 +64,7 @@ def mistakes_page(columns: Columns) -> str:
         "| margin | pair | prompt | chosen | rejected |",
         "|---|---|---|---|---|",
     ]
-    for row in wrong.nsmallest(SHOWN_MISTAKES, "margin").to_dict("records"):
+    for row in wrong.head(SHOWN_MISTAKES).to_dict("records"):
         cells = [f"{row['margin']:+.3f}", cell(row["place"]), cell(row["prompt"], MISTAKE_LENGTH)]
         lines.append(f"| {' | '.join([*cells, answer(row, 'chosen'), answer(row, 'rejected')])} |")
     return "\n".join(lines) + "\n"

@@ -14,8 +14,10 @@ response keeps its beginning and takes all that is left.
 """
 
 import datetime
+import itertools
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -358,6 +360,33 @@ def _assemble(
         prompt_cut=len(kept_prompt) < len(prompt_ids),
         response_cut=room < len(response_ids),
     )
+
+
+def marked_cuts(
+    tokenizer: "PreTrainedTokenizerBase",
+    prompt: Prompt,
+    response: Response,
+    max_length: int,
+    *,
+    halve_prompt: bool = False,
+) -> list[tuple[str, bool]]:
+    """A conversation in pieces of text, each with whether it is read; what is not, the length rule has cut.
+
+    Args:
+        tokenizer, prompt, response, max_length, halve_prompt: as for `encode_batch`.
+
+    Returns:
+        All of the conversation, in its order and with the tokens of the template. A character that a cut parts may
+        show as two replacement characters.
+    """
+    pair = tokenizer, [prompt], [response]
+    (whole,) = encode_batch(*pair, max_length=sys.maxsize)
+    # The rule itself, told of the places of the tokens in place of the tokens, says which ones are left.
+    places, end = range(whole.whole_length), whole.prompt_length + whole.response_length
+    parts = [*places[: whole.prompt_length]], [*places[whole.prompt_length : end]], [*places[end:]]
+    read = set(_assemble(*parts, max_length, halve_prompt).ids)
+    pieces = itertools.groupby(places, key=read.__contains__)
+    return [(tokenizer.decode([whole.ids[place] for place in piece]), kept) for kept, piece in pieces]
 
 
 def _cut_middle(ids: list[int], limit: int) -> list[int]:

@@ -34,6 +34,7 @@ LISTS = (
     "generation_models",
     "history",
 )
+NOBODY_WON = {"tie": "tie", "both bad": "both answers are bad", "skip": "vote was skipped"}  # votes, and why they drop
 SPOKEN_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")  # as hh-rlhf writes dialogues
 DECIMAL_COMMA = re.compile(r"\s*[-+]?\d*,(?!\d{3}\s*\Z)\d+\s*")  # with three digits it may be one between thousands
 SHOWN_COLUMNS = 20  # in a message
@@ -358,6 +359,13 @@ def _arena(row: Values) -> list[Values]:
     return _pair(row, dialogues[better][:-1], dialogues, better, (row.get("model_a"), row.get("model_b")))
 
 
+def _vote(row: Values) -> list[Values]:
+    """A line of `votes.jsonl`; the pair is ours already, where someone won."""
+    if row["vote"] in NOBODY_WON:
+        raise BadRow(NOBODY_WON[row["vote"]])
+    return [row]
+
+
 def _lmsys(row: Values) -> list[Values]:
     """Each cell is the list of what one speaker said, written as JSON."""
     if number(row["winner_tie"], "winner_tie"):
@@ -429,6 +437,12 @@ def _scored(row: Values) -> list[Values]:
 
 
 LAYOUTS = (
+    Layout(
+        "votes",
+        "a pair that somebody voted on, or could not decide",
+        ("prompt", "chosen", "rejected", "vote", "voter"),
+        _vote,
+    ),
     Layout(
         "RewardBench 2",
         "a list of answers a side, every pair of them",

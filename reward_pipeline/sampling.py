@@ -6,7 +6,7 @@ the vocabulary, and goes on with completions that have ended.
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -165,6 +165,49 @@ def refuse_non_finite(logits: torch.Tensor, prompts: Sequence[PolicyPrompt]) -> 
 
 
 @torch.no_grad()
+def tokens(
+    policy: Any, prompts: Sequence[PolicyPrompt], config: GenerationConfig, seeds: Sequence[int]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, int]]:
+    """One completion for each of B prompts, token by token; see `sample`.
+
+    Yields:
+        After each token (B, P + T) ids of the prompts, padded on the left to P tokens, and of the completions, padded
+        to the T tokens that there may be; the mask (B, P + T) of what is no padding on the left; and the place of the
+        token.
+    """
+    device, most = policy.device, config.max_new_tokens
+    ids, mask = padded(prompts, config.pad_token_id, device)
+    width, end_ids = ids.shape[1], torch.tensor(config.eos_token_id, device=device)
+    numbers = np.array([np.random.default_rng(seed).random(most, dtype=np.float32) for seed in seeds])
+    uniform = torch.from_numpy(numbers).to(device)
+    ids = torch.cat([ids, ids.new_full((len(prompts), most), config.pad_token_id)], dim=1)
+    mask = torch.cat([mask, mask.new_ones(len(prompts), most)], dim=1)
+    positions = positions_of(mask)
+    going = torch.arange(len(prompts), device=device)  # rows that have not ended
+    cache, logits = read(policy, prompts, config.pad_token_id, width + most)
+    for place in range(width, width + most):
+        logits = logits.float() / config.temperature
+        refuse_non_finite(logits, [prompts[row] for row in going.tolist()])
+        ids[going, place] = drawn(logits, uniform[going, place - width])
+        yield ids, mask, place
+        if place + 1 == width + most:
+            return
+        on = ~torch.isin(ids[going, place], end_ids)
+        if not on.all():
+            going = going[on]
+            if not len(going):
+                return
+            cache.batch_select_indices(on.nonzero()[:, 0])
+        logits = policy(
+            input_ids=ids[going, place : place + 1],
+            attention_mask=mask[going, : place + 1],
+            position_ids=positions[going, place : place + 1],
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        ).logits[:, -1]
+
+
 def sample(
     policy: Any,
     tokenizer: Any,
@@ -185,37 +228,10 @@ def sample(
     Raises:
         DivergedError: the policy's logits are not finite.
     """
-    device, most = policy.device, config.max_new_tokens
-    ids, mask = padded(prompts, config.pad_token_id, device)
-    width, end_ids = ids.shape[1], torch.tensor(config.eos_token_id, device=device)
-    numbers = np.array([np.random.default_rng(seed).random(most, dtype=np.float32) for seed in seeds])
-    uniform = torch.from_numpy(numbers).to(device)
-    ids = torch.cat([ids, ids.new_full((len(prompts), most), config.pad_token_id)], dim=1)
-    mask = torch.cat([mask, mask.new_ones(len(prompts), most)], dim=1)
-    positions = positions_of(mask)
-    going = torch.arange(len(prompts), device=device)  # rows that have not ended
-    with autocast(device, dtype):  # once for all tokens: it keeps the weights that it has cast
-        cache, logits = read(policy, prompts, config.pad_token_id, width + most)
-        for place in range(width, width + most):
-            logits = logits.float() / config.temperature
-            refuse_non_finite(logits, [prompts[row] for row in going.tolist()])
-            ids[going, place] = drawn(logits, uniform[going, place - width])
-            if place + 1 == width + most:
-                break
-            on = ~torch.isin(ids[going, place], end_ids)
-            if not on.all():
-                going = going[on]
-                if not len(going):
-                    break
-                cache.batch_select_indices(on.nonzero()[:, 0])
-            logits = policy(
-                input_ids=ids[going, place : place + 1],
-                attention_mask=mask[going, : place + 1],
-                position_ids=positions[going, place : place + 1],
-                past_key_values=cache,
-                use_cache=True,
-                logits_to_keep=1,
-            ).logits[:, -1]
+    width = max(len(prompt.ids) for prompt in prompts)
+    with autocast(policy.device, dtype):  # once for all tokens: it keeps the weights that it has cast
+        for ids, mask, place in tokens(policy, prompts, config, seeds):  # noqa: B007  # the last ones are used
+            pass
     completions = ids[:, width : place + 1]
     kept = completion_mask(completions, config.eos_token_id)
     return Completions(
@@ -227,3 +243,16 @@ def sample(
             [row[keep].tolist() for row, keep in zip(completions, kept, strict=True)], skip_special_tokens=True
         ),
     )
+
+
+def stream(policy: Any, tokenizer: Any, prompt: PolicyPrompt, config: GenerationConfig, seed: int) -> Iterator[str]:
+    """The text of one completion as it grows, in the end the one that `sample` gives in fp32.
+
+    In fp32 alone: between two tokens other code runs, on which autocast would act too.
+
+    Raises:
+        DivergedError: the policy's logits are not finite.
+    """
+    for ids, _, place in tokens(policy, [prompt], config, [seed]):
+        text = tokenizer.decode(ids[0, len(prompt.ids) : place + 1], skip_special_tokens=True)
+        yield text.removesuffix("\ufffd")  # a character of which not all bytes are there yet
