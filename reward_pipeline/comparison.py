@@ -84,9 +84,7 @@ def comparison_html(comparison: Comparison, answers: Sequence[str], say: Transla
     for name, scores in opinions.items():
         if np.isfinite(scores).all():
             best, second, probability = verdict(scores)
-            words = say("{} preferred to {} with {} %").format(
-                LETTERS[best], LETTERS[second], f"{100 * probability:.0f}"
-            )
+            words = say("{} preferred to {} with {} %").format(LETTERS[best], LETTERS[second], _percent(probability))
         else:
             words = say("not known: this model was trained without it")
         lines.append(f"<li><b>{html.escape(name)}:</b> {html.escape(words)}</li>")
@@ -109,8 +107,8 @@ def _bars(comparison: Comparison, say: Translate) -> str:
     heads = ["", "", say("reward"), *([say("spread")] if ensemble else []), say("with the form term"), say("form")]
     rows = [f"<tr>{''.join(f'<th>{html.escape(head)}</th>' for head in heads)}</tr>"]
     for number in np.argsort(-rewards, kind="stable"):
-        figures = [_signed(rewards[number]), *([f"± {comparison.spreads[number]:.3f}"] if ensemble else [])]
-        figures += [_signed(comparison.whole[number]), _signed(comparison.form[number])]
+        figures = [signed(rewards[number]), *([f"± {comparison.spreads[number]:.3f}"] if ensemble else [])]
+        figures += [signed(comparison.whole[number]), signed(comparison.form[number])]
         cells = "".join(f"<td>{each}</td>" for each in figures)
         bar = f"<div class='bar' style='width: {widths[number]:.0f}%'></div>"
         rows.append(f"<tr><th>{LETTERS[number]}</th><td class='bars'>{bar}</td>{cells}</tr>")
@@ -122,5 +120,6 @@ def _percent(probability: float) -> str:
     return "> 99" if probability > 0.995 else f"{100 * probability:.0f}"
 
 
-def _signed(value: float) -> str:
+def signed(value: float) -> str:
+    """A figure with its sign and three decimals; a dash where it is not known."""
     return f"{value:+.3f}" if np.isfinite(value) else "–"

@@ -19,7 +19,7 @@ import numpy as np
 import pandas
 
 from reward_pipeline.arena import Asked, Contestant, fight, next_prompt, read_prompt
-from reward_pipeline.comparison import FEWEST, LETTERS, MOST, compare, comparison_html
+from reward_pipeline.comparison import FEWEST, LETTERS, MOST, compare, comparison_html, signed
 from reward_pipeline.evaluator import RewardModelEvaluator
 from reward_pipeline.files import InputError, first_line, rounded, write_text
 from reward_pipeline.mistakes import FORM_OPINIONS, filtered, read_mistakes
@@ -67,7 +67,7 @@ KEYBOARD = f"""
 <script>
 document.addEventListener("keydown", (event) => {{
     const name = {json.dumps(KEYS)}[event.key.length == 1 ? event.key.toLowerCase() : event.key];
-    const typing = event.target.closest("input, textarea, select, [contenteditable], [role=tab], [role=listbox], table");
+    const typing = event.target.closest("input, textarea, select, table, [contenteditable], [role=tab]");
     if (!name || typing || event.ctrlKey || event.metaKey || event.altKey) return;
     const button = document.getElementById(name);
     if (button && button.offsetParent && !button.disabled) {{ event.preventDefault(); button.click(); }}
@@ -422,9 +422,9 @@ def mistakes_table(mistakes: pandas.DataFrame, say: Translate) -> pandas.DataFra
     """Mistakes for people to choose from, a row each."""
     return pandas.DataFrame(
         {
-            say("margin"): [f"{margin:+.3f}" for margin in mistakes["margin"]],
+            say("margin"): [signed(margin) for margin in mistakes["margin"]],
             say("category"): mistakes["category"].tolist(),
-            say("form"): [f"{margin:+.3f}" for margin in mistakes["form_margin"].astype(float)],
+            say("form"): [signed(margin) for margin in mistakes["form_margin"].astype(float)],
             say("prompt"): [" ".join(text.split())[:PROMPT_LENGTH] for text in mistakes["prompt"]],
             say("pair"): mistakes["place"].tolist(),
         }

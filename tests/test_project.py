@@ -48,6 +48,12 @@ def test_the_package_asks_for_what_the_tests_run_with():
         assert ">=" + ".".join(version.split(".")[:2]) in map(str, asked[name].specifier), name  # older ones: untried
 
 
+def test_what_the_page_needs_beside_them_is_an_extra():
+    (gradio,) = map(Requirement, PROJECT["optional-dependencies"]["page"])
+    pinned = pins("requirements-app.txt")
+    assert pinned.keys() == {gradio.name} and pinned[gradio.name] in gradio.specifier
+
+
 def test_all_that_is_imported_is_asked_for_and_nothing_else():
     imported = set()
     for path in [*ROOT.glob("*.py"), *(ROOT / "reward_pipeline").glob("*.py")]:
@@ -57,12 +63,14 @@ def test_all_that_is_imported_is_asked_for_and_nothing_else():
             imported |= {name.split(".")[0] for name in names}
     packages = importlib.metadata.packages_distributions()
     foreign = imported - sys.stdlib_module_names - {"reward_pipeline"}
-    assert {canonicalize_name(packages[name][0]) for name in foreign} == pins("requirements.txt").keys() - BY_NEED
+    assert {canonicalize_name(packages[name][0]) for name in foreign} == (
+        pins("requirements.txt", "requirements-app.txt").keys() - BY_NEED
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="other systems bring other packages along")
 def test_what_is_brought_along_is_pinned_and_nothing_else():
-    named = pins("requirements.txt", "requirements-dev.txt")
+    named = pins("requirements.txt", "requirements-app.txt", "requirements-dev.txt")
     cuda = re.compile("nvidia-.*|cuda-.*|triton")  # torch pins them itself
     unpinned = {name for name in brought_along(named) if not cuda.fullmatch(name)} - {"pip"} - named.keys()
     assert unpinned == pins("constraints.txt").keys()
@@ -85,7 +93,7 @@ def make(directory, *arguments) -> subprocess.CompletedProcess:
     if shutil.which("make") is None:
         pytest.skip("no make here")
     shutil.copy(ROOT / "Makefile", directory)
-    for name in ("requirements", "requirements-dev", "requirements-weights", "constraints"):
+    for name in ("requirements", "requirements-app", "requirements-dev", "requirements-weights", "constraints"):
         (directory / f"{name}.txt").touch()
     return subprocess.run(["make", *arguments], cwd=directory, capture_output=True, text=True)
 
