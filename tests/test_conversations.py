@@ -1,5 +1,6 @@
 import copy
 import datetime
+import itertools
 import random
 
 import jinja2
@@ -18,6 +19,7 @@ from reward_pipeline.conversations import (
     encode_prompt,
     encode_stream,
     first_refused,
+    marked_cuts,
     parse_prompt,
     plain_template,
     response_text,
@@ -583,6 +585,66 @@ def test_any_text_keeps_to_the_length_rule(tokenizer, prompt, responses, max_len
         kept = len(one.ids) - len(prefix) - len(END)
         assert kept >= 1 or not response.encode("utf-8", "replace").decode("utf-8").strip()
         assert one.response_cut == (kept < one.response_length)
+
+
+class Undecoded:
+    """A tokenizer whose texts are the ids themselves."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+
+    def __getattr__(self, name):
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, *texts, **options):
+        return self.tokenizer(*texts, **options)
+
+    def decode(self, ids):
+        return list(ids)
+
+
+def joined(pieces, *kinds: bool) -> list[int]:
+    return [i for ids, kept in pieces if kept in kinds for i in ids]
+
+
+WORDS = st.lists(st.sampled_from(["river", "old", "cat,", "tomatoes.", "12", "xyzzy"]), max_size=50).map(" ".join)
+
+
+@given(prompt=WORDS, response=WORDS, max_length=st.integers(32, 70), halve=st.booleans())
+def test_marked_pieces_are_the_conversation_and_the_kept_ones_what_is_read(
+    tokenizer, prompt, response, max_length, halve
+):
+    rule = {"max_length": max_length, "halve_prompt": halve}
+    whole, read = encode(tokenizer, prompt, response, 10**6), encode(tokenizer, prompt, response, **rule)
+    pieces = marked_cuts(Undecoded(tokenizer), prompt, response, **rule)
+    assert joined(pieces, True) == read and joined(pieces, True, False) == whole
+    kinds = [kept for _, kept in pieces]
+    assert all(ids for ids, _ in pieces) and all(one != other for one, other in itertools.pairwise(kinds))
+    shown = marked_cuts(tokenizer, prompt, response, **rule)
+    assert [kept for _, kept in shown] == kinds
+    assert "".join(text for text, _ in shown) == tokenizer.decode(whole)
+    assert "".join(text for text, kept in shown if kept) == tokenizer.decode(read)
+    if len(whole) == len(read):
+        assert shown == [(tokenizer.decode(whole), True)]
+    else:
+        assert False in kinds
+
+
+@given(prompt=TEXTS, response=TEXTS, max_length=st.integers(32, 80))
+def test_any_text_is_marked_by_the_tokens_that_are_read(tokenizer, prompt, response, max_length):
+    messages = [{"role": "user", "content": prompt}, {"role": "user", "content": prompt}]
+    pieces = marked_cuts(Undecoded(tokenizer), messages, response, max_length)
+    assert joined(pieces, True) == encode(tokenizer, messages, response, max_length)
+    assert joined(pieces, True, False) == encode(tokenizer, messages, response, 10**6)
+
+
+def test_cuts_in_prompt_and_response_are_marked_apart(tokenizer):
+    numbers = [" ".join(f"{side}{i}" for i in range(100)) for side in ("p", "r")]
+    pieces = marked_cuts(tokenizer, *numbers, max_length=64)
+    assert [kept for _, kept in pieces] == [True, False, True, False, True]
+    asked, answered = pieces[1][0], pieces[3][0]
+    assert "p50" in asked and "r" not in asked and answered.endswith("r99") and "p" not in answered
+    assert pieces[0][0].startswith("<|im_start|>user\np0") and pieces[-1][0] == "<|im_end|>"
 
 
 def test_a_stream_is_the_batch_in_parts(tokenizer, monkeypatch):

@@ -1,5 +1,6 @@
 """Completions, sampled token by token."""
 
+import itertools
 import math
 
 import numpy as np
@@ -25,6 +26,21 @@ class DigitTokenizer:
 
     def batch_decode(self, rows, skip_special_tokens):
         return [" ".join(map(str, row)) for row in rows]
+
+    def decode(self, row, skip_special_tokens):
+        return " ".join(map(str, row.tolist()))
+
+
+class ByteTokenizer:
+    """Token ids as bytes, of which it takes two or four for some characters; control tokens are none."""
+
+    BYTES = (b"", b"", b"", b"\xc3", b"\xa9", b"\xf0\x9f", b"\xa6\x94", b"a")
+
+    def batch_decode(self, rows, skip_special_tokens):
+        return [b"".join(self.BYTES[number] for number in row).decode("utf-8", "replace") for row in rows]
+
+    def decode(self, row, skip_special_tokens):
+        return self.batch_decode([row.tolist()], skip_special_tokens)[0]
 
 
 def sampled(model, prompts, new_tokens=6, temperature=1.0, seeds=None):
@@ -143,3 +159,70 @@ def test_logits_of_one_prompt_that_are_not_finite_name_its_row():
         model.lm_head.weight[7] = 0
     with pytest.raises(DivergedError, match=r"logits are not finite at row 2; "):
         sampled(model, prompts_of([1, 5], [1, 7], [1, 6]), new_tokens=1)
+
+
+# --- as it grows -----------------------------------------------------------------------------------------------------
+
+
+def streamed(model, tokenizer, seed: int, new_tokens: int = 8) -> list[str]:
+    """What a stream says after each token of a completion, and the text of `sample` after all of these."""
+    (prompt,) = prompts_of([1, 3, 5])
+    config = sampling.sampling_config(new_tokens, 1.0, [2], 0)
+    whole = sampling.sample(model, tokenizer, [prompt], config, None, [seed])
+    return [*sampling.stream(model, tokenizer, prompt, config, seed), whole.texts[0]]
+
+
+def test_a_stream_grows_by_tokens_to_the_sample_of_its_seed():
+    model, lengths = small_llama(8), []
+    for seed in range(12):
+        *texts, whole = streamed(model, DigitTokenizer(), seed)
+        assert texts[-1] == whole
+        assert [text.split() for text in texts] == [whole.split()[:end] for end in range(1, len(texts) + 1)]
+        lengths.append(len(texts))
+    assert min(lengths) < max(lengths) == 8  # some end by themselves
+
+
+def test_a_stream_shows_no_part_of_a_character_that_is_to_come():
+    model, rewritten = small_llama(8), 0
+    for seed in range(40):
+        *texts, whole = streamed(model, ByteTokenizer(), seed)
+        assert all(later.startswith(text) for text, later in itertools.pairwise(texts))
+        rewritten += "é" in whole or "🦔" in whole
+    assert rewritten
+
+
+def test_a_stream_ends_with_the_text_of_the_sample_whatever_its_last_token():
+    """Also where that is a part of a character, which then stays one."""
+    model, broken = small_llama(8), 0
+    for seed in range(40):
+        *texts, whole = streamed(model, ByteTokenizer(), seed)
+        broken += whole.endswith("\ufffd")
+        assert texts[-1] == whole
+    assert broken
+
+
+def test_a_stream_leaves_gradients_as_they_were():
+    """Between its tokens, and where nobody hears it to its end."""
+    (prompt,) = prompts_of([1, 3, 5])
+    config = sampling.sampling_config(8, 1.0, [], 0)
+    growing = sampling.stream(small_llama(8), DigitTokenizer(), prompt, config, 0)
+    next(growing)
+    assert torch.is_grad_enabled()
+    with torch.no_grad():
+        next(growing)
+        assert not torch.is_grad_enabled()
+    next(growing)
+    assert torch.is_grad_enabled()
+    growing.close()
+    assert torch.is_grad_enabled()
+
+
+def test_a_stream_of_logits_that_are_not_finite_stops():
+    model = small_llama(8)
+    with torch.no_grad():
+        model.lm_head.weight[7] = math.nan
+    with pytest.raises(DivergedError, match="logits are not finite at the row"):
+        [*sampling.stream(model, DigitTokenizer(), PolicyPrompt([], [1, 5], "the row"), CONFIG, 0)]
+
+
+CONFIG = sampling.sampling_config(4, 1.0, [2], 0)
