@@ -361,8 +361,10 @@ def _arena(row: Values) -> list[Values]:
 
 def _vote(row: Values) -> list[Values]:
     """A line of `votes.jsonl`; the pair is ours already, where someone won."""
-    if row["vote"] in NOBODY_WON:
-        raise BadRow(NOBODY_WON[row["vote"]])
+    if (said := str(row["vote"])) in NOBODY_WON:
+        raise BadRow(NOBODY_WON[said])
+    if said not in ("left", "right"):
+        raise BadRow("vote is neither left, right nor undecided")
     return [row]
 
 

@@ -34,6 +34,7 @@ def assistant(text: str) -> dict:
 
 
 SYSTEM = {"role": "system", "content": "Be brief."}
+DIALOGUE = [user("Hi"), assistant("Hello!"), user("é")]
 
 
 def draw(seed: int = 0) -> np.random.Generator:
@@ -47,10 +48,10 @@ def draw(seed: int = 0) -> np.random.Generator:
     "text, messages",
     [
         ("Name a colour.", [user("Name a colour.")]),
-        ("User: Hi\n\nAssistant: Hello!\n\nUser: Name a colour.", [user("Hi"), assistant("Hello!"), user("Name a colour.")]),
+        ("User: Hi\n\nAssistant: Hello!\n\nUser: A colour?", [user("Hi"), assistant("Hello!"), user("A colour?")]),
         ("User: Hi", [user("Hi")]),
         ("User: Hi\n\nAssistant:", [user("Hi")]),
-        (json.dumps([SYSTEM, user("Hi"), assistant("Hello!"), user("é")]), [SYSTEM, user("Hi"), assistant("Hello!"), user("é")]),
+        (json.dumps([SYSTEM, user("Hi"), assistant("Hello!"), user("é")]), [SYSTEM, *DIALOGUE]),
         (json.dumps(user("Hi")), [user("Hi")]),
         ("Who said “User: Hi”?", [user("Who said “User: Hi”?")]),
         ("[1, 2] is a list", [user("[1, 2] is a list")]),
@@ -62,7 +63,7 @@ def test_prompts_as_people_type_them(text, messages):
 
 @pytest.mark.parametrize("text", ["", "  \n\t"])
 def test_an_empty_prompt_is_refused(text):
-    with pytest.raises(InputError, match="^the prompt is empty$"):
+    with pytest.raises(InputError, match=r"^the prompt is empty$"):
         read_prompt(text)
 
 
@@ -89,8 +90,8 @@ KEYS = [prompt_key(asked.messages) for asked in PROMPTS]
 
 
 def test_what_is_typed_wins():
-    assert next_prompt(" Hi", PROMPTS, [], draw()) == Asked([user(" Hi")])
-    assert next_prompt("Hi", [], [], draw()) == Asked([user("Hi")])
+    assert next_prompt("Hi", PROMPTS, [], draw()) == Asked([user("Hi")])
+    assert next_prompt("User: Hi", [], KEYS, draw()) == Asked([user("Hi")])
 
 
 def test_prompts_that_nobody_has_seen_come_first():
@@ -104,7 +105,7 @@ def test_prompts_that_nobody_has_seen_come_first():
 
 
 def test_without_prompts_somebody_has_to_type():
-    with pytest.raises(InputError, match="^there is no prepared prompt; type one$"):
+    with pytest.raises(InputError, match=r"^there is no prepared prompt; type one$"):
         next_prompt("", [], [], draw())
 
 

@@ -169,5 +169,5 @@ def test_answers_and_prompts_that_can_not_be_scored(tmp_path, tiny_reward_model)
     template = refusing / "chat_template.jinja"
     words = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
     template.write_text(words + template.read_text())
-    with pytest.raises(InputError, match="^the prompt: .* can not read it: .*no system role"):
+    with pytest.raises(InputError, match=r"^the prompt: .* can not read it: .*no system role"):
         compare(RewardModelEvaluator(refusing, "cpu"), [{"role": "system", "content": "x"}, *QUESTION], ["a", "b"])

@@ -28,6 +28,11 @@ def said(text: str) -> list[dict[str, str]]:
 
 # Name of the layout, a row of it, whether the prompt has the greeting before it.
 PUBLISHED = [
+    (
+        "votes",
+        {"prompt": QUESTION, "chosen": GOOD, "rejected": BAD, "vote": "right", "voter": "Ada", "margin": 1},
+        False,
+    ),
     ("TRL, explicit prompt", {"prompt": QUESTION, "chosen": GOOD, "rejected": BAD, "instruction": "x"}, False),
     ("LLaMA-Factory alpaca", {"instruction": QUESTION, "input": "", "chosen": GOOD, "rejected": BAD}, False),
     (
@@ -206,6 +211,10 @@ def test_every_layout_is_tried_and_listed():
             {"rejected": "\n\nHuman: Hi\n\nAssistant: No."},
             "rejected answers another prompt than that of the row",
         ),
+        ("votes", {"vote": "tie"}, "tie"),
+        ("votes", {"vote": "both bad"}, "both answers are bad"),
+        ("votes", {"vote": "skip"}, "vote was skipped"),
+        ("votes", {"vote": ["left"]}, "vote is neither left, right nor undecided"),
         ("Nectar", {"answers": [{"answer": GOOD, "rank": 1}]}, "fewer than two ranked answers"),
         ("Nectar", {"answers": [{"answer": GOOD, "rank": 1}, {"answer": BAD, "rank": 1}]}, "tie"),
         ("Nectar", {"answers": [GOOD, BAD]}, "has the columns of Nectar, but not its values"),

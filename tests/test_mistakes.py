@@ -17,7 +17,7 @@ PAIR |= {"rejected_reward": 1.0, "chosen_length": 1, "rejected_length": 1, "form
 
 @pytest.fixture
 def table(tmp_path):
-    """Write pairs, each with what differs from `PAIR`; a column that is None in all of them is left out."""
+    """Write pairs, each with what differs from `PAIR`, and leave some columns out."""
 
     def write(*changes: dict, without=()) -> str:
         path = tmp_path / "rewards.csv"
@@ -108,10 +108,14 @@ NUMBERS = ("chosen_reward", "rejected_reward", "chosen_length", "rejected_length
 
 
 @pytest.mark.parametrize("name", NUMBERS)
-@pytest.mark.parametrize("text", ["high", "true"])
-def test_text_in_place_of_numbers_is_named(table, name, text):
-    path = table({}, {name: text}) if text == "high" else table({name: text})
+def test_text_in_place_of_numbers_is_named(table, name):
+    path = table({}, {name: "high"})
     assert refusal(path).startswith(f"{path}: {name} holds what is no number")
+
+
+def test_words_for_yes_and_no_are_no_rewards(table):
+    path = table({"chosen_reward": "False", "rejected_reward": "True"})
+    assert refusal(path).startswith(f"{path}: chosen_reward holds what is no number")
 
 
 @pytest.mark.parametrize("name", NUMBERS[:4])

@@ -184,7 +184,7 @@ def test_a_stream_grows_by_tokens_to_the_sample_of_its_seed():
 
 def test_a_stream_shows_no_part_of_a_character_that_is_to_come():
     model, rewritten = small_llama(8), 0
-    for seed in range(40):
+    for seed in range(15):
         *texts, whole = streamed(model, ByteTokenizer(), seed)
         assert all(later.startswith(text) for text, later in itertools.pairwise(texts))
         rewritten += "é" in whole or "🦔" in whole
@@ -221,8 +221,6 @@ def test_a_stream_of_logits_that_are_not_finite_stops():
     model = small_llama(8)
     with torch.no_grad():
         model.lm_head.weight[7] = math.nan
+    config = sampling.sampling_config(4, 1.0, [2], 0)
     with pytest.raises(DivergedError, match="logits are not finite at the row"):
-        [*sampling.stream(model, DigitTokenizer(), PolicyPrompt([], [1, 5], "the row"), CONFIG, 0)]
-
-
-CONFIG = sampling.sampling_config(4, 1.0, [2], 0)
+        [*sampling.stream(model, DigitTokenizer(), PolicyPrompt([], [1, 5], "the row"), config, 0)]

@@ -25,6 +25,7 @@ from reward_pipeline.votes import (
     vote_row,
 )
 
+SIDES_OF_PAIR = ("chosen", "rejected")
 LONG, SHORT = "Is it red? Yes, it is.", "Red."
 
 
@@ -265,9 +266,6 @@ def test_the_form_model_is_asked_about_the_texts_of_the_votes():
     assert results(VOTES, form_model)[-1]["form"] == np.mean(margins > 0)
 
 
-SIDES_OF_PAIR = ("chosen", "rejected")
-
-
 def test_nothing_to_count_is_none():
     (skipped,) = results([vote("skip"), vote("skip", prompt="other")], FORM, [1.0, 1.0])
     names = ("win_rate", "left_rate", "longer", "form", "judge")
@@ -367,12 +365,11 @@ def test_the_judge_says_what_the_evaluator_says(tiny_reward_model):
     "change",
     [
         {"prompt": []},
-        {"prompt": ""},
         {"prompt": said("q", "narrator")},
         {"prompt": said("q")},
         {"chosen": said(" ")},
     ],
-    ids=["no turns", "a text", "unknown role", "answered already", "empty answer"],
+    ids=["no turns", "unknown role", "answered already", "empty answer"],
 )
 def test_an_edited_line_keeps_the_judge_from_no_other_vote(tmp_path, tiny_reward_model, change):
     (tmp_path / "votes.jsonl").write_text("".join(json.dumps(row) + "\n" for row in (GOOD, {**GOOD, **change})))
