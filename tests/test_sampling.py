@@ -164,10 +164,10 @@ def test_logits_of_one_prompt_that_are_not_finite_name_its_row():
 # --- as it grows -----------------------------------------------------------------------------------------------------
 
 
-def streamed(model, tokenizer, seed: int, new_tokens: int = 8) -> list[str]:
+def streamed(model, tokenizer, seed: int, temperature: float = 1.0) -> list[str]:
     """What a stream says after each token of a completion, and the text of `sample` after all of these."""
     (prompt,) = prompts_of([1, 3, 5])
-    config = sampling.sampling_config(new_tokens, 1.0, [2], 0)
+    config = sampling.sampling_config(8, temperature, [2], 0)
     whole = sampling.sample(model, tokenizer, [prompt], config, None, [seed])
     return [*sampling.stream(model, tokenizer, prompt, config, seed), whole.texts[0]]
 
@@ -184,8 +184,8 @@ def test_a_stream_grows_by_tokens_to_the_sample_of_its_seed():
 
 def test_a_stream_shows_no_part_of_a_character_that_is_to_come():
     model, rewritten = small_llama(8), 0
-    for seed in range(15):
-        *texts, whole = streamed(model, ByteTokenizer(), seed)
+    for seed in range(12):
+        *texts, whole = streamed(model, ByteTokenizer(), seed, temperature=9.0)
         assert all(later.startswith(text) for text, later in itertools.pairwise(texts))
         rewritten += "é" in whole or "🦔" in whole
     assert rewritten
@@ -194,8 +194,8 @@ def test_a_stream_shows_no_part_of_a_character_that_is_to_come():
 def test_a_stream_ends_with_the_text_of_the_sample_whatever_its_last_token():
     """Also where that is a part of a character, which then stays one."""
     model, broken = small_llama(8), 0
-    for seed in range(40):
-        *texts, whole = streamed(model, ByteTokenizer(), seed)
+    for seed in range(12):
+        *texts, whole = streamed(model, ByteTokenizer(), seed, temperature=9.0)
         broken += whole.endswith("\ufffd")
         assert texts[-1] == whole
     assert broken
@@ -205,7 +205,9 @@ def test_a_stream_leaves_gradients_as_they_were():
     """Between its tokens, and where nobody hears it to its end."""
     (prompt,) = prompts_of([1, 3, 5])
     config = sampling.sampling_config(8, 1.0, [], 0)
-    growing = sampling.stream(small_llama(8), DigitTokenizer(), prompt, config, 0)
+    model, within = small_llama(8), []
+    model.register_forward_pre_hook(lambda *given: within.append(torch.is_grad_enabled()))
+    growing = sampling.stream(model, DigitTokenizer(), prompt, config, 0)
     next(growing)
     assert torch.is_grad_enabled()
     with torch.no_grad():
@@ -214,7 +216,7 @@ def test_a_stream_leaves_gradients_as_they_were():
     next(growing)
     assert torch.is_grad_enabled()
     growing.close()
-    assert torch.is_grad_enabled()
+    assert torch.is_grad_enabled() and within == [False] * 3
 
 
 def test_a_stream_of_logits_that_are_not_finite_stops():
