@@ -7,7 +7,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from reward_pipeline.conversations import Messages, Prompt, encode_prompt, parse_prompt, response_text
+from reward_pipeline.conversations import (
+    Messages,
+    Prompt,
+    encode_prompt,
+    parse_prompt,
+    response_text,
+    turns_before_answer,
+)
 from reward_pipeline.devices import pick_device
 from reward_pipeline.file_scoring import checked_rows, row_answers
 from reward_pipeline.files import InputError
@@ -16,7 +23,7 @@ from reward_pipeline.pairs import prompt_key
 from reward_pipeline.sampling import PolicyPrompt, sampling_config, stream
 from reward_pipeline.schemas import in_turns
 from reward_pipeline.sources import open_source
-from reward_pipeline.transcripts import asked_turns, listed_messages
+from reward_pipeline.transcripts import answered_turns, asked_turns, listed_messages
 from reward_pipeline.votes import Duel
 
 FILES = (
@@ -72,20 +79,21 @@ def contestants(names: Sequence[str], temperatures: Sequence[float], max_new_tok
     """
     files = [is_file_of_answers(name) for name in names]
     if all(files):
-        if len(set(names)) == 1:
+        if len({Path(name).resolve() for name in names}) == 1:
             raise InputError(f"{names[0]}: stands on both sides; name a second file of answers")
         answering = [from_file(name) for name in names]
         in_common(answering)
         return answering
     if any(files):
         raise InputError(f"{' and '.join(names)}: one is a file and one a model; name two of a kind")
-    if len(set(zip(names, temperatures, strict=True))) == 1:
+    same = len(set(names)) == 1
+    shown = [f"{name} (temperature {heat:g})" if same else name for name, heat in zip(names, temperatures, strict=True)]
+    if len(set(shown)) == 1:
         raise InputError(f"{names[0]}: stands on both sides at one temperature; name two models or two temperatures")
     loaded = {name: _loaded(name) for name in dict.fromkeys(names)}
-    same = len(loaded) == 1
     return [
-        _sampling(f"{name} (temperature {heat:g})" if same else name, *loaded[name], heat, max_new_tokens)
-        for name, heat in zip(names, temperatures, strict=True)
+        _sampling(title, *loaded[name], heat, max_new_tokens)
+        for title, name, heat in zip(shown, names, temperatures, strict=True)
     ]
 
 
@@ -120,7 +128,7 @@ def from_file(name: str) -> Contestant:
         given = row_answers(row)
         if list(given) != ["response"]:
             raise InputError(f"{place}: has {', '.join(given)}; a file of answers has one response in each row")
-        messages = in_turns(row)["prompt"]
+        messages = turns_before_answer(in_turns(row)["prompt"], given["response"])
         asked = Asked(messages, str(row.get("category") or ""))
         answers.setdefault(prompt_key(messages), (asked, response_text(given["response"])))
     if not answers:
@@ -182,10 +190,15 @@ def read_prompt(text: str) -> Messages:
         raise InputError("the prompt is empty")
     try:
         listed = listed_messages(text)
-        prompt: Prompt = asked_turns(text, alone=False) or text if isinstance(listed, str) else listed
-        return parse_prompt(prompt)
+        # A transcript is a dialogue here, also one with an answer at its end, which then is told.
+        turns = asked_turns(text, alone=False) or answered_turns(text)
+        prompt: Prompt = turns or text if isinstance(listed, str) else listed
+        messages = parse_prompt(prompt)
     except (TypeError, ValueError, RecursionError) as error:
         raise InputError(f"the prompt can not be read: {error}") from error
+    if not messages[-1]["content"].strip():
+        raise InputError("the prompt is empty")
+    return messages
 
 
 def fight(asked: Asked, answering: Sequence[Contestant], draw: np.random.Generator) -> Iterator[Duel]:

@@ -33,16 +33,24 @@ def read_mistakes(path: str | Path) -> tuple[pandas.DataFrame, int]:
     try:
         # An answer may be the word null: only figures may be missing.
         texts = ["prompt", "chosen", "rejected", "place", "category"]
-        table = pandas.read_csv(
-            path, keep_default_na=False, na_values={"form_margin": [""]}, dtype=dict.fromkeys(texts, str)
-        )
+        with Path(path).open(encoding="utf-8", newline="") as file:  # pandas itself would also unpack and download
+            table = pandas.read_csv(
+                file,
+                keep_default_na=False,
+                na_values={"form_margin": [""]},
+                dtype=dict.fromkeys(texts, str),
+                index_col=False,
+            )
     except (OSError, ValueError) as error:
         raise InputError(f"{path}: can not be read ({first_line(error)}); name a rewards.csv") from error
     if missing := [name for name in NEEDED if name not in table]:
         raise InputError(f"{path}: has no column {missing[0]}; name a rewards.csv of evaluate_reward_model.py")
-    if wrong := [name for name in NEEDED[3:] if not pandas.api.types.is_numeric_dtype(table[name])]:
-        raise InputError(f"{path}: {wrong[0]} holds what is no number; name a rewards.csv of evaluate_reward_model.py")
+    if table.empty:
+        raise InputError(f"{path}: has no pairs; name a rewards.csv of evaluate_reward_model.py")
     table = table.assign(**{name: value for name, value in OPTIONAL.items() if name not in table})
+    kinds = {name: table[name].dtype for name in (*NEEDED[3:], "form_margin")}
+    if wrong := [name for name, kind in kinds.items() if kind.kind not in "if"]:
+        raise InputError(f"{path}: {wrong[0]} holds what is no number; name a rewards.csv of evaluate_reward_model.py")
     return with_margins(table), len(table)
 
 

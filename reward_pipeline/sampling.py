@@ -253,6 +253,10 @@ def stream(policy: Any, tokenizer: Any, prompt: PolicyPrompt, config: Generation
     Raises:
         DivergedError: the policy's logits are not finite.
     """
+    text = shown = ""
     for ids, _, place in tokens(policy, [prompt], config, [seed]):
         text = tokenizer.decode(ids[0, len(prompt.ids) : place + 1], skip_special_tokens=True)
-        yield text.removesuffix("\ufffd")  # a character of which not all bytes are there yet
+        shown = text.removesuffix("\ufffd")  # a character of which not all bytes are there yet
+        yield shown
+    if shown != text:  # and never came
+        yield text

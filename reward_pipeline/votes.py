@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from filelock import FileLock
 
-from reward_pipeline.conversations import Messages
+from reward_pipeline.conversations import Messages, parse_prompt
 from reward_pipeline.files import InputError, first_line
 from reward_pipeline.form import form_differences, form_margins, response_length
 from reward_pipeline.pairs import prompt_key
@@ -130,13 +130,14 @@ def _as_vote(line: bytes) -> dict[str, Any] | None:
     """A line that people may have edited, as a vote; None where it is none."""
     try:
         row = json.loads(line)
+        json.dumps(row, ensure_ascii=False).encode()  # fails at half a character, which no file takes
         texts = [row["voter"], row["chosen_author"], row["rejected_author"]]
         texts += [answer_text(row, side) for side in ("chosen", "rejected")]
-        prompt_key(row["prompt"])
-        whole = row["vote"] in CHOICES and row["chosen_position"] in SIDES and all(isinstance(x, str) for x in texts)
+        asked = parse_prompt(row["prompt"]) == row["prompt"]
+        whole = row["vote"] in CHOICES and row["chosen_position"] in SIDES and all(text.strip() for text in texts)
     except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         return None
-    return row if whole else None
+    return row if whole and asked else None
 
 
 def answer_text(vote: Mapping[str, Any], side: str) -> str:
@@ -193,7 +194,11 @@ def judge_votes(
         most: votes to ask about, the latest first; all by default.
     """
     keys = [json.dumps([vote["prompt"], vote["chosen"], vote["rejected"]]) for vote in votes]
-    fresh = {key: vote for key, vote in zip(keys, votes, strict=True) if vote["vote"] in SIDES and key not in known}
+    fresh: dict[str, Mapping[str, Any]] = {}
+    for key, vote in zip(keys, votes, strict=True):
+        if vote["vote"] in SIDES and key not in known:
+            fresh.pop(key, None)  # a vote like an earlier one is as late as itself
+            fresh[key] = vote
     asked = [*fresh.items()][-most if most else 0 :] if most != 0 else []
     if asked:
         prompts = [vote["prompt"] for _, vote in asked]
