@@ -244,15 +244,15 @@ def arena_tab(i18n: gr.I18n, page: gr.Blocks, arena: Arena) -> None:
         again = gr.Button(i18n("Count again and ask the judge"), elem_id="again")
 
     def fought(request: gr.Request, voter: str, typed: str) -> Iterator[tuple]:
-        say, closed = language_of(request), closed_buttons()
+        say = language_of(request)
         with errors_in_words(request):
             votes, _ = read_votes(arena.votes)
             question = next_prompt(typed, arena.prompts, seen_prompts(votes, voter.strip()), draw)
             last = None
             # Nothing can be voted on before both answers are whole.
-            yield prompt_text(question.messages), "", "", None, say("Answering …"), *closed
+            yield prompt_text(question.messages), "", "", None, say("Answering …"), *closed_buttons()
             for last in fight(question, arena.answering, draw):
-                yield gr.skip(), last.left, last.right, None, say("Answering …"), *closed
+                yield gr.skip(), last.left, last.right, *[gr.skip()] * (2 + len(CHOICES))
             opened = [gr.update(interactive=True)] * len(CHOICES)
             yield gr.skip(), gr.skip(), gr.skip(), last, say("Who is better?"), *opened
 
@@ -278,7 +278,7 @@ def arena_tab(i18n: gr.I18n, page: gr.Blocks, arena: Arena) -> None:
         saved.success(counting(AFTER_VOTE), None, [table, note], api_visibility="private", **MODELS)
     again.click(counting(None), None, [table, note], api_visibility="private", **MODELS)
     page.load(counting(0), None, [table, note], api_visibility="private")
-    page.load(lambda name: name, remembered, voter, queue=False, api_visibility="private")
+    page.load(lambda name: name or gr.skip(), remembered, voter, queue=False, api_visibility="private")
     voter.blur(lambda name: name.strip(), voter, remembered, queue=False, api_visibility="private")
 
 
