@@ -60,7 +60,7 @@ interop: $(RUN) ## the same rewards by older transformers, rewardbench, vLLM? IN
 		"rewardbench==0.1.4 fschat==0.2.36"
 	@$(INTEROP_IN) vllm vllm "$(VLLM)"
 
-clean: ## remove .venv and everything that the scripts wrote
+clean: ## remove .venv and everything that the scripts wrote, but no votes
 	rm -rf .venv .venv-interop-* interop processed_helpsteer reward_model_output judge_1 judge_2 reinforce_output evaluation
 	rm -rf build reward_model_pipeline.egg-info
 
