@@ -22,8 +22,10 @@ from reward_pipeline.votes import read_votes
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 PATIENCE = 30_000  # milliseconds, on a machine that does other work too
-PICTURES = os.environ.get("PAGE_PICTURES")  # directory; `docs/images` for those of the docs
-PICTURED_MODEL = os.environ.get("PAGE_REWARD_MODEL")  # that is in them, in place of a random one
+# Directory for pictures, `docs/images` for those of the docs, and the reward model in them in place of a random one.
+PICTURES, PICTURED = (
+    name and Path(name).resolve() for name in map(os.environ.get, ("PAGE_PICTURES", "PAGE_REWARD_MODEL"))
+)
 SCRIPT = "<script>window.hit = 1</script><img src=x onerror='window.hit = 1'>"
 
 pytestmark = pytest.mark.skipif(
@@ -266,11 +268,11 @@ def test_pictures_of_all_tabs(serve, open_tab, flags, tmp_path, monkeypatch):
     for side in ("chosen", "rejected"):
         rows = [{"prompt": pair["prompt"], "response": pair[side]} for pair in single]
         (tmp_path / f"{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    model = PICTURED_MODEL or flags["--reward_model"]
+    model = PICTURED or flags["--reward_model"]
     with monkeypatch.context() as patch:
         patch.chdir(tmp_path)
         run_main(
-            "evaluate_reward_model", patch, "--model", Path(model).resolve(),
+            "evaluate_reward_model", patch, "--model", model,
             "--pairs", ROOT / "sample_data" / "helpsteer_sample.jsonl", "--output", "evaluation",
         )  # fmt: skip
         flags |= {"--rewards": "evaluation/rewards.csv", "--votes": "votes.jsonl", "--reward_model": model}
@@ -304,7 +306,7 @@ def test_pictures_of_all_tabs(serve, open_tab, flags, tmp_path, monkeypatch):
 
 
 def picture(tab, directory: Path, name: str) -> Path:
-    path = Path(PICTURES or directory) / f"page_{name}.png"
+    path = (PICTURES or directory) / f"page_{name}.png"
     tab.mouse.move(0, 0)
     tab.screenshot(path=path, full_page=True, animations="disabled")
     return path
