@@ -45,6 +45,7 @@ PROMPT_LENGTH = 160  # characters of a prompt in the table of mistakes
 VOTES = {"concurrency_id": "votes", "concurrency_limit": 1}  # two quick clicks are two votes one after the other
 VOTED = "voted"  # in place of a duel that has its vote
 RESULT_WIDTHS = ["170px", "170px", "110px", "70px", "180px", "150px", "180px", "200px", "200px", "200px"]
+MISTAKES_WIDTHS = ["90px", "150px", "90px", "450px", "180px"]
 # Longer texts of the page.
 PROMPT_FORMS = "A text; several turns as “User: …”, “Assistant: …”, “User: …” paragraphs, or a message list as JSON."
 TYPED = "Prompt (empty: one of the prepared data that you have not voted on)"
@@ -382,7 +383,9 @@ def mistakes_tab(i18n: gr.I18n, page: gr.Blocks, rewards: str) -> None:
         )
     button = gr.Button(i18n("Show"), variant="primary", elem_id="show")
     note = gr.Textbox(show_label=False, interactive=False, elem_id="mistakes-note")
-    table = gr.Dataframe(interactive=False, datatype="str", wrap=True, elem_id="mistakes")
+    table = gr.Dataframe(
+        interactive=False, datatype="str", wrap=True, column_widths=MISTAKES_WIDTHS, elem_id="mistakes"
+    )
     asked = gr.Textbox(label=i18n("Prompt"), lines=2, max_lines=12, interactive=False, elem_id="mistaken-prompt")
     with gr.Row():
         chosen, rejected = (

@@ -262,22 +262,22 @@ def test_the_page_speaks_the_language_of_the_browser(serve, open_tab, flags):
 
 
 def test_pictures_of_all_tabs(serve, open_tab, flags, tmp_path, monkeypatch):
-    """On answers from files and pairs of the sample; the docs show what this takes (see PAGE_PICTURES above)."""
-    pairs = [json.loads(line) for line in (ROOT / "sample_data" / "helpsteer_sample.jsonl").read_text().splitlines()]
+    """On answers from files and pairs of the sample; the docs show what this takes (see `PICTURES`)."""
+    lines = (ROOT / "sample_data" / "helpsteer_sample.jsonl").read_text().splitlines(keepends=True)
+    pairs = [json.loads(line) for line in lines]
     single = [pair for pair in pairs if len(pair["prompt"]) < 60 and len(pair["chosen"]) < 400][:12]
     for side in ("chosen", "rejected"):
         rows = [{"prompt": pair["prompt"], "response": pair[side]} for pair in single]
         (tmp_path / f"{side}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    model = PICTURED or flags["--reward_model"]
-    with monkeypatch.context() as patch:
-        patch.chdir(tmp_path)
-        run_main(
-            "evaluate_reward_model", patch, "--model", model,
-            "--pairs", ROOT / "sample_data" / "helpsteer_sample.jsonl", "--output", "evaluation",
-        )  # fmt: skip
-        flags |= {"--rewards": "evaluation/rewards.csv", "--votes": "votes.jsonl", "--reward_model": model}
-        flags = {name: value for name, value in flags.items() if name != "--sft_model"}
-        _, port = serve(*given(flags), "--arena", "chosen.jsonl", "rejected.jsonl")
+    (tmp_path / "sample.jsonl").write_text("".join(lines[::5]))
+    (tmp_path / "reward_model_output").symlink_to(PICTURED or flags["--reward_model"])
+    monkeypatch.chdir(tmp_path)  # no picture shows where this is
+    run_main(
+        "evaluate_reward_model", monkeypatch, "--pairs", "sample.jsonl", "--model", "reward_model_output",
+        "--output", "evaluation",
+    )  # fmt: skip
+    flags |= {"--rewards": "evaluation/rewards.csv", "--votes": "votes.jsonl", "--reward_model": "reward_model_output"}
+    _, port = serve(*given(flags), "--arena", "chosen.jsonl", "rejected.jsonl")
     tab = open_tab(port, 0)
     tab.locator("#prompt textarea").fill("User: Name a river.\n\nAssistant: The Volga.\n\nUser: How long is it?")
     tab.locator("#answer-A textarea").fill("The Volga is about 3,500 km long.")
@@ -295,7 +295,7 @@ def test_pictures_of_all_tabs(serve, open_tab, flags, tmp_path, monkeypatch):
     taken.append(picture(tab, tmp_path, "arena"))
 
     tab.get_by_role("tab").nth(2).click()
-    tab.locator("#mistakes").get_by_role("gridcell").nth(3).click()
+    tab.locator("#mistakes").get_by_role("gridcell").first.click()
     tab.wait_for_function("document.querySelector('#mistaken-chosen textarea').value.length > 0")
     answers = [tab.locator(f"#mistaken-{side} textarea").input_value() for side in ("chosen", "rejected")]
     mistakes, _ = read_mistakes(tmp_path / "evaluation" / "rewards.csv")
