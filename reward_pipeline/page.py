@@ -156,7 +156,16 @@ def serve(page: gr.Blocks, host: str, port: int, appearance: Mapping[str, Any]) 
         InputError: the port is taken, or the host is none of this machine.
     """
     try:
-        page.launch(server_name=host, server_port=port, share=False, inbrowser=False, **appearance)
+        # Left to itself, Gradio would not wait where IPython was ever loaded, and the page would end at once.
+        page.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            inline=False,
+            inbrowser=False,
+            prevent_thread_lock=True,
+            **appearance,
+        )
     except OSError as error:
         raise InputError(
             f"--port {port}: can not be served at {host} ({first_line(error)}); name another one"

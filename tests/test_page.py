@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 import socket
+import sys
 import time
 import urllib.request
 from pathlib import Path
@@ -250,7 +251,10 @@ def test_a_broken_reward_model_loses_no_vote(serve, open_tab, flags, tmp_path):
     assert len(read_votes(flags["--votes"])[0]) == 1
 
 
-def test_the_page_speaks_the_language_of_the_browser(serve, open_tab, flags):
+def test_the_page_speaks_the_language_of_the_browser(serve, open_tab, flags, monkeypatch):
+    monkeypatch.setattr(
+        sys, "ps1", "In [1]: ", raising=False
+    )  # as where IPython was loaded: the page stays all the same
     _, port = serve(*given(flags))
     tab = open_tab(port, 1, "ru-RU")
     expect(tab.get_by_role("tab").nth(0)).to_have_text("Оценка")

@@ -35,6 +35,7 @@ def launched(monkeypatch):
     """What the script would serve."""
     calls = []
     monkeypatch.setattr(gr.Blocks, "launch", lambda page, **options: calls.append(options))
+    monkeypatch.setattr(gr.Blocks, "block_thread", lambda page: None)
     return calls
 
 
