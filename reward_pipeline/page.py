@@ -170,6 +170,7 @@ def serve(page: gr.Blocks, host: str, port: int, appearance: Mapping[str, Any]) 
         raise InputError(
             f"--port {port}: can not be served at {host} ({first_line(error)}); name another one"
         ) from error
+    page.block_thread()
 
 
 # --- score -----------------------------------------------------------------------------------------------------------
