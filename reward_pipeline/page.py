@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import gradio as gr
 import numpy as np
 import pandas
+from filelock import FileLock
 
 from reward_pipeline.arena import Asked, Contestant, fight, next_prompt, read_prompt
 from reward_pipeline.comparison import FEWEST, LETTERS, MOST, compare, comparison_html, signed
@@ -31,6 +32,7 @@ from reward_pipeline.votes import (
     Duel,
     append_vote,
     judge_votes,
+    lock_file,
     read_votes,
     results,
     seen_prompts,
@@ -62,14 +64,18 @@ CSS = """
 .comparison .bars { width: 50% } .comparison .bar { height: 1.1em; background: var(--primary-500) }
 .comparison pre { white-space: pre-wrap } .comparison .cut { opacity: .55 }
 """
-# Keys press the buttons, so that there is one way to vote; not while somebody types or moves a marker.
-KEYS = {"n": "new-duel", "ArrowLeft": "left", "ArrowRight": "right", "t": "tie", "b": "both-bad", "s": "skip"}
+# Keys press the buttons, so that there is one way to vote; not while somebody types or moves a marker. By their places:
+# under a Russian layout T is another letter.
+KEYS = {
+    **{"KeyN": "new-duel", "ArrowLeft": "left", "ArrowRight": "right"},
+    **{"KeyT": "tie", "KeyB": "both-bad", "KeyS": "skip"},
+}
 KEYBOARD = f"""
 <script>
 document.addEventListener("keydown", (event) => {{
-    const name = {json.dumps(KEYS)}[event.key.length == 1 ? event.key.toLowerCase() : event.key];
+    const name = {json.dumps(KEYS)}[event.code];
     const typing = event.target.closest("input, textarea, select, table, [contenteditable], [role=tab]");
-    if (!name || typing || event.ctrlKey || event.metaKey || event.altKey) return;
+    if (!name || typing || event.repeat || event.ctrlKey || event.metaKey || event.altKey) return;
     const button = document.getElementById(name);
     if (button && button.offsetParent && !button.disabled) {{ event.preventDefault(); button.click(); }}
 }});
@@ -288,7 +294,7 @@ def arena_tab(i18n: gr.I18n, page: gr.Blocks, arena: Arena) -> None:
         saved = button.click(voting(choice), [duel, voter], [duel, status, *buttons], api_visibility="private", **VOTES)
         saved.success(counting(AFTER_VOTE), None, [table, note], api_visibility="private", **MODELS)
     again.click(counting(None), None, [table, note], api_visibility="private", **MODELS)
-    page.load(counting(0), None, [table, note], api_visibility="private")
+    page.load(counting(0), None, [table, note], api_visibility="private", **MODELS)
     page.load(lambda name: name or gr.skip(), remembered, voter, queue=False, api_visibility="private")
     voter.blur(lambda name: name.strip(), voter, remembered, queue=False, api_visibility="private")
 
@@ -318,7 +324,7 @@ def counted(arena: Arena, known: Known, most: int | None, say: Translate) -> tup
 
     Args:
         known: what evaluators have said of votes; more is added.
-        most: votes to ask the judge about, the latest first; None asks about all.
+        most: votes to ask the judge about, the latest first; None asks about all, 0 about none and writes nothing.
 
     Raises:
         InputError: the votes can not be read.
@@ -327,17 +333,19 @@ def counted(arena: Arena, known: Known, most: int | None, say: Translate) -> tup
     notes, judged = [say("{} votes in {}.").format(len(votes), arena.votes)], None
     if broken:
         notes.append(say("{} lines of {} hold no vote and are left out.").format(broken, arena.votes))
-    if arena.judge and votes and most != 0:
+    if arena.judge and votes:
         try:
             evaluator = arena.judge()
             judged = judge_votes(evaluator, votes, known.setdefault(evaluator, {}), most)
         except Exception as error:  # a model that broke must not hide the votes
             notes.append(first_line(error))
     rows = results(votes, arena.form_model, judged)
-    if rows:
+    if rows and most != 0:  # who only looks changes nothing: what is known here may be less than what is written
         try:
             text = json.dumps(rounded(rows), indent=2, ensure_ascii=False) + "\n"
-            write_text(arena.votes.with_suffix(".results.json"), text)
+            path = arena.votes.with_suffix(".results.json")
+            with FileLock(lock_file(arena.votes)):  # of the votes: other processes count them too
+                write_text(path, text)
         except InputError as error:
             notes.append(first_line(error))
     return result_table(rows, say), " ".join(notes)

@@ -7,6 +7,7 @@ A vote is on the disk before `append_vote` returns; neither a second process nor
 that was there. Rows in which nobody won have the margin 0, and are counted by their reason where pairs are read.
 """
 
+import contextlib
 import datetime
 import errno
 import json
@@ -19,7 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from filelock import FileLock
 
-from reward_pipeline.conversations import Messages, parse_prompt
+from reward_pipeline.conversations import Messages, first_refused, parse_prompt
 from reward_pipeline.files import InputError, first_line
 from reward_pipeline.form import form_differences, form_margins, response_length
 from reward_pipeline.pairs import prompt_key
@@ -77,14 +78,15 @@ def append_vote(path: str | Path, row: Mapping[str, Any]) -> None:
     Raises:
         InputError: it could not be written; the file is as it was.
     """
-    path = Path(path)
+    path = Path(path).resolve()  # a link and what it leads to have one lock
     line = json.dumps(row, ensure_ascii=False).encode("utf-8", "replace") + b"\n"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Without a buffer: what it still held after a failure would follow when the file is closed.
-        with FileLock(_lock_file(path)), path.open("ab+", buffering=0) as file:
-            size = file.seek(0, os.SEEK_END)
-            if size:
+        with FileLock(lock_file(path)), path.open("ab+", buffering=0) as file:
+            if not (size := file.seek(0, os.SEEK_END)):
+                _flush_directory(path.parent)
+            else:
                 file.seek(-1, os.SEEK_END)
                 # Of a process that was killed while it wrote, or of an editor: the new vote must not hang on to it.
                 line = line if file.read(1) == b"\n" else b"\n" + line
@@ -95,17 +97,24 @@ def append_vote(path: str | Path, row: Mapping[str, Any]) -> None:
             except OSError:
                 os.ftruncate(file.fileno(), size)
                 raise
-        if not size and DIRECTORY_FSYNC:  # the name of a new file is on the disk only with its directory
-            descriptor = os.open(path.parent, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
     except OSError as error:
         raise InputError(f"{path}: the vote was not saved ({first_line(error)}); make room, then vote again") from error
 
 
-def _lock_file(path: Path) -> Path:
+def _flush_directory(directory: Path) -> None:
+    """The name of a new file is on the disk only with its directory; not every file system lets one ask for that."""
+    if not DIRECTORY_FSYNC:
+        return
+    with contextlib.suppress(OSError):
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def lock_file(path: Path) -> Path:
+    """What stands for the right to write a file of votes, and what is counted of it."""
     return path.with_name(f".{path.name}.lock")
 
 
@@ -200,6 +209,12 @@ def judge_votes(
             fresh.pop(key, None)  # a vote like an earlier one is as late as itself
             fresh[key] = vote
     asked = [*fresh.items()][-most if most else 0 :] if most != 0 else []
+    # What a chat template refuses has no opinion, now and later.
+    refused = [
+        key for key, vote in asked if any(first_refused(each.tokenizer, [vote["prompt"]]) for each in evaluator.members)
+    ]
+    known.update(dict.fromkeys(refused, np.nan))
+    asked = [each for each in asked if each[0] not in refused]
     if asked:
         prompts = [vote["prompt"] for _, vote in asked]
         texts = [[answer_text(vote, side) for _, vote in asked] for side in ("chosen", "rejected")]

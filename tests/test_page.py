@@ -191,6 +191,10 @@ def test_a_vote_survives_a_kill_and_trains(serve, open_tab, flags, tmp_path, mon
     again.wait_for_function("document.querySelector('#result').innerText.split('n = 4').length > 3")
     (row,) = json.loads(flags["--votes"].with_suffix(".results.json").read_text())
     assert row["judge_n"] == row["form_n"] == row["wins"] + row["losses"] == 4
+    # Who only looks sees what the judge said, and changes nothing that is written.
+    onlooker = open_tab(port, 1)
+    onlooker.wait_for_function("document.querySelector('#result').innerText.split('n = 4').length > 3")
+    assert json.loads(flags["--votes"].with_suffix(".results.json").read_text()) == [row]
 
     run_main(
         "load_helpsteer_dataset", monkeypatch, "--source", flags["--votes"], "--model", tiny_model,
@@ -261,7 +265,9 @@ def test_the_page_speaks_the_language_of_the_browser(serve, open_tab, flags, mon
     expect(tab.locator("#new-duel")).to_have_text("Новая дуэль")
     begin(tab, "Ада", "Кто лучше?")
     tab.locator("#voter input, #voter textarea").fill("")
-    tab.locator("#tie").click()
+    # The key of T, which is another letter there.
+    press = "document.body.dispatchEvent(new KeyboardEvent('keydown', {key: 'е', code: 'KeyT', bubbles: true}))"
+    tab.evaluate(press)
     wait_for_error(tab, "Сначала введите имя")
 
 

@@ -3,7 +3,9 @@
 import datetime
 import json
 import os
+import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -301,6 +303,8 @@ def test_prompts_that_somebody_has_voted_on():
 class Lengths:
     """A reward model that likes long answers; it remembers what it was asked."""
 
+    members = ()  # no template that could refuse a prompt
+
     def __init__(self):
         self.asked = []
 
@@ -331,6 +335,17 @@ def test_the_judge_is_asked_about_decided_votes_once():
     evaluator.asked.clear()
     judge_votes(evaluator, more, known)
     assert not evaluator.asked
+
+
+def test_a_vote_that_the_template_refuses_keeps_the_judge_from_no_other(tmp_path, tiny_reward_model):
+    refusing = Path(shutil.copytree(tiny_reward_model, tmp_path / "refusing"))
+    template = refusing / "chat_template.jinja"
+    words = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    template.write_text(words + template.read_text())
+    refused = vote("left", prompt="q1", texts=("Red.", "Seven."))
+    refused["prompt"] = [{"role": "system", "content": "Be brief."}, *refused["prompt"]]
+    margins = judge_votes(RewardModelEvaluator(refusing, "cpu"), [refused, vote("left", prompt="q2")], {})
+    assert np.isnan(margins).tolist() == [True, False]
 
 
 def test_the_judge_is_asked_about_the_latest_votes_first():
