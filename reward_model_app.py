@@ -10,7 +10,7 @@ Out: `votes.jsonl`, a pair a vote, and `votes.results.json`, what all votes say.
     python load_helpsteer_dataset.py --source votes.jsonl
 
 Without a policy the SFT model answers on both sides, at two temperatures. The page is for this machine alone unless
-`--host` says otherwise; nothing is shared, and nothing is sent anywhere.
+`--host` says otherwise; nothing is shared, and nothing is sent anywhere. Models that are named by hub id are fetched.
 """
 
 import argparse
@@ -30,7 +30,7 @@ ARENA = None  # two other models, or two files of answers
 DATA = "processed_helpsteer"  # directory written by load_helpsteer_dataset.py; its validation prompts are asked
 VOTES = "votes.jsonl"  # file that votes are appended to
 REWARDS = None  # rewards.csv whose mistakes are shown; None takes that of the reward model
-TEMPERATURES = (1.0, 1.0)  # of sampling, on each side
+TEMPERATURES = (1.0, 1.0)  # of sampling, of the first and the second model
 SFT_TEMPERATURES = (1.0, 0.5)  # where the SFT model is on both
 MAX_NEW_TOKENS = 256  # tokens of an answer
 HOST = "127.0.0.1"  # "0.0.0.0" lets other machines in
@@ -48,7 +48,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.flag("data", DATA, filled_text, "directory written by load_helpsteer_dataset.py")
     parser.flag("votes", VOTES, filled_text, "file that votes are appended to", metavar="FILE")
     parser.flag("rewards", REWARDS, or_none(filled_text), "rewards.csv whose mistakes are shown", metavar="FILE")
-    parser.flag("temperatures", None, real(least=0.01), "of sampling, left and right of --arena", nargs=2)
+    parser.flag("temperatures", None, real(least=0.01), "of sampling, the first and the second of --arena", nargs=2)
     parser.flag("max_new_tokens", MAX_NEW_TOKENS, whole(1), "tokens of an answer")
     parser.flag("host", HOST, filled_text, "0.0.0.0 lets other machines in")
     parser.flag("port", PORT, whole(1, 65535), "of the page")
@@ -102,6 +102,8 @@ def main() -> None:
 
     # --- the page
     given, broken = votes.read_votes(options.votes)
+    if broken and not given:
+        raise InputError(f"{options.votes}: holds other lines than votes; name another file by --votes")
     print(f"{len(given):,} votes in {options.votes}" + (f"; {broken} lines hold none" if broken else "") + ".")
     fights = page.Arena(answering, prompts, Path(options.votes), form_model, judge)
     blocks, appearance = page.build_page(models, fights, rewards)

@@ -9,7 +9,7 @@ import numpy as np
 import scipy.special
 
 from reward_pipeline.conversations import Messages, marked_cuts
-from reward_pipeline.evaluator import RewardModelEvaluator, check_filled, check_templates
+from reward_pipeline.evaluator import Member, RewardModelEvaluator, check_filled, check_templates
 from reward_pipeline.form import form_scores
 from reward_pipeline.page_texts import Translate
 from reward_pipeline.pair_metrics import form_terms
@@ -23,11 +23,12 @@ class Comparison(NamedTuple):
 
     Attributes:
         rewards: without the form term.
-        spreads: standard deviations over the members of an ensemble; 0 of a single model.
+        spreads: standard deviations over the members of an ensemble, of rewards less each member's mean over the N
+            answers, since only differences have a meaning; 0 of a single model.
         whole: rewards with the form term; NaN where a member was trained without it.
         form: scores of the first member's form model; NaN where it has none.
-        pieces: of each answer the conversation as the first member reads it, see `conversations.marked_cuts`; empty
-            where nothing was cut.
+        pieces: of each answer the conversation as the member reads it that reads least of it, see
+            `conversations.marked_cuts`; empty where none cuts.
     """
 
     rewards: np.ndarray
@@ -51,16 +52,27 @@ def compare(evaluator: RewardModelEvaluator, prompt: Messages, answers: Sequence
     weights = getattr(first.model.config, "form_model", None)
     return Comparison(
         rewards=rewards,
-        spreads=scores.std(axis=0),
+        spreads=(scores - scores.mean(axis=1, keepdims=True)).std(axis=0),
         whole=rewards + form_terms(evaluator, answers),
         form=form_scores(weights, answers) if weights else np.full(len(answers), np.nan),
         pieces=[
-            marked_cuts(first.tokenizer, prompt, answer, first.max_length, halve_prompt=first.halve_prompt)
-            if cut.any()
-            else []
-            for answer, cut in zip(answers, cuts[0], strict=True)
+            max(
+                (_pieces(each, prompt, answer) for each, cut in zip(evaluator.members, cut, strict=True) if cut.any()),
+                key=_unread,
+                default=[],
+            )
+            for answer, cut in zip(answers, cuts.swapaxes(0, 1), strict=True)
         ],
     )
+
+
+def _pieces(member: Member, prompt: Messages, answer: str) -> list[tuple[str, bool]]:
+    return marked_cuts(member.tokenizer, prompt, answer, member.max_length, halve_prompt=member.halve_prompt)
+
+
+def _unread(pieces: Sequence[tuple[str, bool]]) -> int:
+    """Characters that were cut."""
+    return sum(len(text) for text, kept in pieces if not kept)
 
 
 def verdict(scores: np.ndarray) -> tuple[int, int, float]:

@@ -125,7 +125,7 @@ def errors_in_words(request: gr.Request) -> Iterator[None]:
     """Show an error on the page, in words; what nobody foresaw also goes to the terminal, whole."""
     try:
         yield
-    except (InputError, ValueError, TypeError) as error:
+    except InputError as error:
         raise _shown(language_of(request)(first_line(error))) from error
     except Exception as error:  # whatever a model, a disk or a library does: the page goes on
         traceback.print_exc()
@@ -289,7 +289,12 @@ def arena_tab(i18n: gr.I18n, page: gr.Blocks, arena: Arena) -> None:
         return count
 
     shown = [asked, left, right, duel, status, *buttons]
-    begin.click(fought, [voter, typed], shown, api_visibility="private", **MODELS)
+
+    def stopped(request: gr.Request) -> str:
+        return language_of(request)(NO_DUEL)
+
+    ended = begin.click(fought, [voter, typed], shown, api_visibility="private", **MODELS)
+    ended.failure(stopped, None, status, queue=False, api_visibility="private")
     for choice, button in zip(CHOICES, buttons, strict=True):
         saved = button.click(voting(choice), [duel, voter], [duel, status, *buttons], api_visibility="private", **VOTES)
         saved.success(counting(AFTER_VOTE), None, [table, note], api_visibility="private", **MODELS)
@@ -315,7 +320,10 @@ def voted(duel: Any, choice: str, voter: str, votes: Path, say: Translate) -> st
     if not isinstance(duel, Duel):
         told = "This duel has your vote already; begin a new one." if duel == VOTED else NO_DUEL
         raise InputError(told)
-    append_vote(votes, vote_row(duel, choice, voter.strip()))
+    try:
+        append_vote(votes, vote_row(duel, choice, voter.strip()))
+    except InputError as error:
+        raise InputError(f"{say('Your vote was not saved, and the duel is still there.')} {error}") from error
     return say("Saved. Left was {}, right was {}.").format(duel.left_model, duel.right_model)
 
 

@@ -11,7 +11,7 @@ RUSSIAN = {
     # score
     "Reward models": "Модели вознаграждения",
     "Directories or hub ids, one a line; several are an ensemble.": (
-        "Каталоги или имена на хабе, по одному в строке; несколько — ансамбль."
+        "Каталоги или имена на Hugging Face Hub, по одному в строке; несколько — ансамбль."
     ),
     "Prompt": "Запрос",
     "A text; several turns as “User: …”, “Assistant: …”, “User: …” paragraphs, or a message list as JSON.": (
@@ -20,7 +20,7 @@ RUSSIAN = {
     "Answers": "Ответы",
     "reward model": "модель вознаграждения",
     "with the form term": "с поправкой на форму",
-    "form model, which does not read": "модель формы, которая не читает",
+    "form model, which does not read": "модель формы (смысла не читает)",
     "{} preferred to {} with {} %": "{} предпочтительнее {} с вероятностью {} %",
     "not known: this model was trained without it": "неизвестно: эта модель обучена без неё",
     "What was cut is struck out: the model has not read it.": "Зачёркнутое вырезано: модель этого не читала.",
@@ -37,7 +37,7 @@ RUSSIAN = {
         "Запрос (пусто: из подготовленных данных, по которому вы ещё не голосовали)"
     ),
     "New duel": "Новая дуэль",
-    "Asked": "Вопрос",
+    "Asked": "Запрос",
     "Left answer": "Левый ответ",
     "Right answer": "Правый ответ",
     "← Left is better": "← Левый лучше",
@@ -46,14 +46,15 @@ RUSSIAN = {
     "Both bad (B)": "Оба плохи (B)",
     "Skip (S)": "Пропустить (S)",
     "Keys: N for a new duel, ← and → for the better one, T, B, S; not while you type.": (
-        "Клавиши: N — новая дуэль, ← и → — кто лучше, T, B, S; не во время ввода текста."
+        "Клавиши: N — новая дуэль, ← и → — какой ответ лучше, T, B, S; при вводе текста не действуют."
     ),
-    "Who is better?": "Кто лучше?",
-    "Answering …": "Отвечают …",
+    "Who is better?": "Какой ответ лучше?",
+    "Answering …": "Модели отвечают …",
     "Enter your name first: votes are counted by voter.": "Сначала введите имя: голоса считаются по участникам.",
     "There is no duel to vote on; begin a new one.": "Голосовать не о чем; начните новую дуэль.",
     "This duel has your vote already; begin a new one.": "В этой дуэли вы уже проголосовали; начните новую.",
     "Saved. Left was {}, right was {}.": "Сохранено. Слева — {}, справа — {}.",
+    "Your vote was not saved, and the duel is still there.": "Голос не сохранён, дуэль ещё не закончена.",
     "Result so far": "Результат",
     "Count again and ask the judge": "Пересчитать и спросить судью",
     "model": "модель",
@@ -66,9 +67,9 @@ RUSSIAN = {
     "left chosen": "выбран левый",
     "judge agrees": "судья согласен",
     "form model agrees": "модель формы согласна",
-    "longer wins": "длинный лучше",
-    "{} lines of {} hold no vote and are left out.": "Строк без голоса: {} в {}; они не учтены.",
-    "{} votes in {}.": "Голосов: {}, в {}.",
+    "longer wins": "побеждает более длинный",
+    "{} lines of {} hold no vote and are left out.": "Строк без голоса: {} (файл {}); они не учтены.",
+    "{} votes in {}.": "Голосов: {} (файл {}).",
     # mistakes
     "Evaluated pairs": "Оценённые пары",
     "A rewards.csv of train_reward_model.py or evaluate_reward_model.py.": (
@@ -87,7 +88,7 @@ RUSSIAN = {
     "{} of {} pairs are wrong and pass the filters; the worst {} are shown. Click a row to read it.": (
         "Ошибочных пар, прошедших фильтры: {} из {}; показаны худшие {}. Нажмите на строку, чтобы прочесть."
     ),
-    "margin": "разница",
+    "margin": "разница вознаграждений",
     "category": "категория",
     "pair": "пара",
     "prompt": "запрос",

@@ -98,7 +98,9 @@ def append_vote(path: str | Path, row: Mapping[str, Any]) -> None:
                 os.ftruncate(file.fileno(), size)
                 raise
     except OSError as error:
-        raise InputError(f"{path}: the vote was not saved ({first_line(error)}); make room, then vote again") from error
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        remedy = "make room" if full else "see who may write there, or name another file by --votes"
+        raise InputError(f"{path}: the vote was not saved ({first_line(error)}); {remedy}, then vote again") from error
 
 
 def _flush_directory(directory: Path) -> None:

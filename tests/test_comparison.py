@@ -124,8 +124,10 @@ def test_spreads_are_those_over_the_members(tiny_reward_model, other_reward_mode
         np.array(RewardModelEvaluator(name, "cpu").get_reward_scores([QUESTION] * 3, ANSWERS))
         for name in (tiny_reward_model, other_reward_model)
     )
-    assert found.spreads == pytest.approx(abs(one - other) / 2, abs=1e-5) and found.spreads.min() > 1e-3
     assert found.rewards == pytest.approx((one + other) / 2 - 0.5 * abs(one - other) / 2, abs=1e-5)
+    # Each member's rewards less their mean: where one begins has no meaning.
+    one, other = one - one.mean(), other - other.mean()
+    assert found.spreads == pytest.approx(abs(one - other) / 2, abs=1e-5) and found.spreads.min() > 1e-3
 
 
 def with_form(directory: str, target: Path, **settings) -> str:
@@ -171,3 +173,12 @@ def test_answers_and_prompts_that_can_not_be_scored(tmp_path, tiny_reward_model)
     template.write_text(words + template.read_text())
     with pytest.raises(InputError, match=r"^the prompt: .* can not read it: .*no system role"):
         compare(RewardModelEvaluator(refusing, "cpu"), [{"role": "system", "content": "x"}, *QUESTION], ["a", "b"])
+
+
+def test_a_cut_by_any_member_is_shown(tiny_reward_model, other_reward_model):
+    """The second one reads 64 tokens, the first one 128."""
+    ensemble = RewardModelEvaluator([tiny_reward_model, other_reward_model], "cpu")
+    found = compare(ensemble, QUESTION, ["word " * 70, "Red."])
+    alone = compare(RewardModelEvaluator(tiny_reward_model, "cpu"), QUESTION, ["word " * 70, "Red."])
+    assert not any(alone.pieces)
+    assert [kept for _, kept in found.pieces[0]] == [True, False, True] and found.pieces[1] == []

@@ -235,12 +235,18 @@ def test_no_name_and_a_full_disk_are_told_and_the_duel_stays(serve, open_tab, fl
     wait_for_error(tab, "Enter your name first")
     tab.locator("#voter input, #voter textarea").fill("Ada")
     tab.locator("#left").click()
-    wait_for_error(tab, "the vote was not saved")
+    wait_for_error(tab, "Your vote was not saved, and the duel is still there.")
     (disk / "filling").unlink()
     tab.locator("#left").click()
     wait_until_saved(tab)
     votes, broken = read_votes(flags["--votes"])
     assert ([vote["voter"] for vote in votes], broken) == (["Ada"], 0)
+    # A duel that can not be is told and over.
+    tab.locator("#typed input, #typed textarea").fill("User: Hi\n\nAssistant: Hello!")
+    tab.locator("#typed input, #typed textarea").blur()
+    tab.locator("#new-duel").click()
+    wait_for_error(tab, "must end with a user turn")
+    wait_until_said(tab, "There is no duel to vote on; begin a new one.")
 
 
 def test_a_broken_reward_model_loses_no_vote(serve, open_tab, flags, tmp_path):
@@ -263,7 +269,7 @@ def test_the_page_speaks_the_language_of_the_browser(serve, open_tab, flags, mon
     tab = open_tab(port, 1, "ru-RU")
     expect(tab.get_by_role("tab").nth(0)).to_have_text("Оценка")
     expect(tab.locator("#new-duel")).to_have_text("Новая дуэль")
-    begin(tab, "Ада", "Кто лучше?")
+    begin(tab, "Ада", "Какой ответ лучше?")
     tab.locator("#voter input, #voter textarea").fill("")
     # The key of T, which is another letter there.
     press = "document.body.dispatchEvent(new KeyboardEvent('keydown', {key: 'е', code: 'KeyT', bubbles: true}))"
