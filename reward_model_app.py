@@ -88,12 +88,14 @@ def main() -> None:
     rewards = options.rewards or (str(beside) if beside and beside.is_file() else "")
 
     # --- who answers
-    names, temperatures = options.arena, options.temperatures or TEMPERATURES
-    if not names and (Path(options.policy) / "config.json").is_file():
+    temperatures = options.temperatures or TEMPERATURES
+    if options.arena:
+        names = options.arena
+    elif (Path(options.policy) / "config.json").is_file():
         names = [options.sft_model, options.policy]
-    elif not names and options.policy != POLICY:
+    elif options.policy != POLICY:
         raise InputError(f"{options.policy}: holds no policy; run train_reinforce.py first")
-    elif not names:
+    else:
         names, temperatures = [options.sft_model] * 2, options.temperatures or SFT_TEMPERATURES
     answering = arena.contestants(names, temperatures, options.max_new_tokens)
     if answering[0].prompts is not None:

@@ -18,6 +18,7 @@ from reward_pipeline.conversations import (
 from reward_pipeline.devices import pick_device
 from reward_pipeline.file_scoring import checked_rows, row_answers
 from reward_pipeline.files import InputError
+from reward_pipeline.formats import FILE_TYPES, file_type
 from reward_pipeline.models import end_token_ids, load_sft_model, load_tokenizer, positions, resolve_model
 from reward_pipeline.pairs import prompt_key
 from reward_pipeline.sampling import PolicyPrompt, sampling_config, stream
@@ -25,19 +26,6 @@ from reward_pipeline.schemas import in_turns
 from reward_pipeline.sources import open_source
 from reward_pipeline.transcripts import answered_turns, asked_turns, listed_messages
 from reward_pipeline.votes import Duel
-
-FILES = (
-    ".jsonl",
-    ".json",
-    ".csv",
-    ".tsv",
-    ".parquet",
-    ".arrow",
-    ".gz",
-    ".zst",
-    ".xz",
-    ".bz2",
-)  # suffixes, not of models
 
 
 class Asked(NamedTuple):
@@ -64,7 +52,7 @@ class Contestant(NamedTuple):
 
 def is_file_of_answers(name: str) -> bool:
     """Whether a contestant's name is that of a file, and not of a model."""
-    return Path(name).is_file() or name.lower().endswith(FILES)
+    return Path(name).is_file() or file_type(Path(name)) in FILE_TYPES
 
 
 def contestants(names: Sequence[str], temperatures: Sequence[float], max_new_tokens: int) -> list[Contestant]:
@@ -209,10 +197,8 @@ def fight(asked: Asked, answering: Sequence[Contestant], draw: np.random.Generat
     """
     left, right = (answering[number] for number in draw.permutation(len(answering)))
     seeds = draw.integers(2**31, size=2).tolist()
-    texts, growing = (
-        ["", ""],
-        [each.answer(asked.messages, seed) for each, seed in zip((left, right), seeds, strict=True)],
-    )
+    growing = [each.answer(asked.messages, seed) for each, seed in zip((left, right), seeds, strict=True)]
+    texts = ["", ""]
     more = True
     while more:
         more = False

@@ -34,6 +34,7 @@ LISTS = (
     "generation_models",
     "history",
 )
+WINNERS = ("left", "right")  # votes that someone won
 NOBODY_WON = {"tie": "tie", "both bad": "both answers are bad", "skip": "vote was skipped"}  # votes, and why they drop
 SPOKEN_TURN = re.compile(r"(?:\A\s*|\n\n)(Human|Assistant):")  # as hh-rlhf writes dialogues
 DECIMAL_COMMA = re.compile(r"\s*[-+]?\d*,(?!\d{3}\s*\Z)\d+\s*")  # with three digits it may be one between thousands
@@ -363,7 +364,7 @@ def _vote(row: Values) -> list[Values]:
     """A line of `votes.jsonl`; the pair is ours already, where someone won."""
     if (said := str(row["vote"])) in NOBODY_WON:
         raise BadRow(NOBODY_WON[said])
-    if said not in ("left", "right"):
+    if said not in WINNERS:
         raise BadRow("vote is neither left, right nor undecided")
     return [row]
 

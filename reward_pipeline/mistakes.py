@@ -68,7 +68,7 @@ def filtered(
     if category is not None:
         kept &= mistakes["category"] == category
     if form is not None:
-        kept &= FORM_OPINIONS[form](mistakes["form_margin"].astype(float))
+        kept &= FORM_OPINIONS[form](mistakes["form_margin"])
     if least is not None:
         kept &= longer >= least
     if most is not None:

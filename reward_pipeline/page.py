@@ -354,7 +354,7 @@ def counted(arena: Arena, known: Known, most: int | None, say: Translate) -> tup
             path = arena.votes.with_suffix(".results.json")
             with FileLock(lock_file(arena.votes)):  # of the votes: other processes count them too
                 write_text(path, text)
-        except InputError as error:
+        except (InputError, OSError) as error:  # the second one: of the lock
             notes.append(first_line(error))
     return result_table(rows, say), " ".join(notes)
 
@@ -453,7 +453,7 @@ def mistakes_table(mistakes: pandas.DataFrame, say: Translate) -> pandas.DataFra
         {
             say("margin"): [signed(margin) for margin in mistakes["margin"]],
             say("category"): mistakes["category"].tolist(),
-            say("form"): [signed(margin) for margin in mistakes["form_margin"].astype(float)],
+            say("form"): [signed(margin) for margin in mistakes["form_margin"]],
             say("prompt"): [" ".join(text.split())[:PROMPT_LENGTH] for text in mistakes["prompt"]],
             say("pair"): mistakes["place"].tolist(),
         }

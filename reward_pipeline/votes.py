@@ -23,11 +23,13 @@ from filelock import FileLock
 from reward_pipeline.conversations import Messages, first_refused, parse_prompt
 from reward_pipeline.files import InputError, first_line
 from reward_pipeline.form import form_differences, form_margins, response_length
+from reward_pipeline.layouts import NOBODY_WON, WINNERS
 from reward_pipeline.pairs import prompt_key
 from reward_pipeline.statistics import rate_interval, wins
 
-SIDES = ("left", "right")
-CHOICES = (*SIDES, "tie", "both bad", "skip")
+SIDES = WINNERS  # of the page
+CHOICES = (*SIDES, *NOBODY_WON)
+OPINIONS = ("judge", "form", "longer")  # that votes are compared with
 DIRECTORY_FSYNC = os.name == "posix"  # elsewhere a directory can not be opened, and its entries need no flush
 
 
@@ -179,7 +181,7 @@ def results(
         votes that they spoke to as `judge_n` and so on. Shares have 95 % intervals over prompts, `…_interval`; they are
         None without any vote to count.
     """
-    margins = np.full(len(votes), np.nan) if judged is None else np.asarray(judged, float)
+    columns = _columns(votes, form_model, judged)
     contests: dict[tuple[str, str], list[int]] = {}
     for number, vote in enumerate(votes):
         model, other = sorted((vote["chosen_author"], vote["rejected_author"]))
@@ -189,7 +191,7 @@ def results(
         voters = sorted({votes[number]["voter"] for number in numbers})
         for voter in [*voters, None] if len(voters) > 1 else voters:
             own = [number for number in numbers if voter in (None, votes[number]["voter"])]
-            figures = _figures([votes[number] for number in own], model, form_model, margins[own])
+            figures = _figures({name: values[own] for name, values in columns.items()}, model)
             rows.append({"model": model, "other": other, "voter": voter, **figures})
     return rows
 
@@ -212,9 +214,9 @@ def judge_votes(
             fresh[key] = vote
     asked = [*fresh.items()][-most if most else 0 :] if most != 0 else []
     # What a chat template refuses has no opinion, now and later.
-    refused = [
+    refused = {
         key for key, vote in asked if any(first_refused(each.tokenizer, [vote["prompt"]]) for each in evaluator.members)
-    ]
+    }
     known.update(dict.fromkeys(refused, np.nan))
     asked = [each for each in asked if each[0] not in refused]
     if asked:
@@ -225,35 +227,46 @@ def judge_votes(
     return np.array([known.get(key, np.nan) for key in keys], dtype=float)
 
 
-def _figures(
-    votes: Sequence[Mapping[str, Any]], model: str, form_model: Mapping[str, float] | None, judged: np.ndarray
-) -> dict[str, Any]:
+def _columns(
+    votes: Sequence[Mapping[str, Any]],
+    form_model: Mapping[str, float] | None,
+    judged: Sequence[float] | np.ndarray | None,
+) -> dict[str, np.ndarray]:
+    """(N,) choices, keys of the prompts, authors of the chosen answers, and the margins of each of `OPINIONS`.
+
+    Each vote is read once, however many rows it counts for. Margins are NaN where nobody won, or nothing was said.
+    """
     choices = np.array([vote["vote"] for vote in votes])
-    prompts = np.array([prompt_key(vote["prompt"]) for vote in votes])
-    decided = np.isin(choices, SIDES)
-    won = np.array([vote["chosen_author"] == model for vote in votes]) & decided
-    counted = choices != "skip"
-    points = np.where(decided, won, 0.5)
-    chosen, rejected = (
-        [answer_text(vote, side) for vote, each in zip(votes, decided, strict=True) if each]
-        for side in ("chosen", "rejected")
-    )
-    longer = [response_length(a) - response_length(b) for a, b in zip(chosen, rejected, strict=True)]
-    opinions = {"judge": judged[decided], "longer": np.array(longer, dtype=float)}
-    if form_model:
-        opinions["form"] = form_margins(form_model, form_differences(chosen, rejected))
+    chosen, rejected = ([answer_text(vote, side) for vote in votes] for side in ("chosen", "rejected"))
+    unknown = np.full(len(votes), np.nan)
+    margins = {
+        "judge": unknown if judged is None else np.asarray(judged, dtype=float),
+        "form": form_margins(form_model, form_differences(chosen, rejected)) if form_model else unknown,
+        "longer": np.array([response_length(a) - response_length(b) for a, b in zip(chosen, rejected, strict=True)]),
+    }
+    return {
+        "choice": choices,
+        "prompt": np.array([prompt_key(vote["prompt"]) for vote in votes]),
+        "chosen_author": np.array([vote["chosen_author"] for vote in votes]),
+        **{name: np.where(np.isin(choices, SIDES), margins[name], np.nan) for name in OPINIONS},
+    }
+
+
+def _figures(columns: Mapping[str, np.ndarray], model: str) -> dict[str, Any]:
+    choices, prompts = columns["choice"], columns["prompt"]
+    decided, counted = np.isin(choices, SIDES), choices != "skip"
+    won = decided & (columns["chosen_author"] == model)
     figures = {
-        "votes": len(votes),
+        "votes": len(choices),
         "wins": int(won.sum()),
         "losses": int((decided & ~won).sum()),
-        **{choice.replace(" ", "_"): int((choices == choice).sum()) for choice in CHOICES[2:]},
-        **_share("win_rate", points[counted], prompts[counted]),
+        **{choice.replace(" ", "_"): int((choices == choice).sum()) for choice in NOBODY_WON},
+        **_share("win_rate", np.where(decided, won, 0.5)[counted], prompts[counted]),
         **_share("left_rate", (choices[decided] == "left").astype(float), prompts[decided]),
     }
-    for name in ("judge", "form", "longer"):
-        margins = opinions.get(name, np.full(int(decided.sum()), np.nan))
-        spoke = np.isfinite(margins)
-        figures |= _share(name, wins(margins[spoke]), prompts[decided][spoke]) | {f"{name}_n": int(spoke.sum())}
+    for name in OPINIONS:
+        spoke = np.isfinite(columns[name])
+        figures |= _share(name, wins(columns[name][spoke]), prompts[spoke]) | {f"{name}_n": int(spoke.sum())}
     return figures
 
 

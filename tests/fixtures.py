@@ -284,11 +284,16 @@ def killed(script: str, arguments, before) -> None:
     assert child.exitcode == -signal.SIGKILL
 
 
-def in_processes(count: int, script: str | Path, *arguments, before=None, environment=None) -> str:
-    """Run a script in several CPU processes that exchange by gloo, as `torchrun` does; returns what they print."""
+def free_port() -> int:
+    """A port that nobody listens at now."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+        return free.getsockname()[1]
+
+
+def in_processes(count: int, script: str | Path, *arguments, before=None, environment=None) -> str:
+    """Run a script in several CPU processes that exchange by gloo, as `torchrun` does; returns what they print."""
+    port = str(free_port())
     common = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "ACCELERATE_USE_CPU": "true"}
     common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, **(environment or {})}
     with tempfile.TemporaryDirectory() as directory:
@@ -323,6 +328,30 @@ def prepared(tmp_path_factory, tiny_model) -> Path:
 def processed(tmp_path, prepared) -> str:
     """A copy of `prepared` for this test alone."""
     return str(shutil.copytree(prepared, tmp_path / "processed"))
+
+
+@pytest.fixture
+def page_flags(tiny_model, tiny_reward_model, prepared, tmp_path) -> dict:
+    """Flags of a page on tiny models; votes go to `tmp_path`."""
+    return {
+        "--reward_model": tiny_reward_model,
+        "--sft_model": tiny_model,
+        "--data": prepared,
+        "--votes": tmp_path / "votes.jsonl",
+    }
+
+
+def given(flags: dict, *more) -> list:
+    """Flags and their values as a command line has them."""
+    return [*itertools.chain(*flags.items()), *more]
+
+
+def refuse_system_turns(model: str, directory: Path) -> str:
+    """A copy of a model whose chat template refuses them."""
+    template = Path(shutil.copytree(model, directory)) / "chat_template.jinja"
+    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
+    template.write_text(refusing + template.read_text())
+    return str(directory)
 
 
 @pytest.fixture

@@ -2,10 +2,10 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import refuse_system_turns
 
 from reward_pipeline.arena import (
     Asked,
@@ -242,10 +242,8 @@ def test_a_prompt_may_fill_the_model_and_no_more(tiny_model, other_model):
     assert str(refused.value) == words
 
 
-def test_a_prompt_that_the_template_refuses_names_the_model(tiny_model, other_model):
-    template = Path(other_model) / "chat_template.jinja"
-    refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-    template.write_text(refusing + template.read_text())
+def test_a_prompt_that_the_template_refuses_names_the_model(tiny_model, tmp_path):
+    other_model = refuse_system_turns(tiny_model, tmp_path / "other")
     _, other = contestants([tiny_model, other_model], [1, 1], 4)
     with pytest.raises(InputError, match=f"^{other_model}: .*no system role") as refused:
         next(other.answer([SYSTEM, user("Hi")], 0))

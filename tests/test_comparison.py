@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import refuse_system_turns
 
 from reward_pipeline.comparison import Comparison, compare, comparison_html, verdict
 from reward_pipeline.conversations import encode
@@ -167,10 +168,7 @@ def test_what_was_cut_is_what_the_model_has_not_read(tiny_reward_model):
 def test_answers_and_prompts_that_can_not_be_scored(tmp_path, tiny_reward_model):
     with pytest.raises(ValueError, match=r"responses\[1\] is empty"):
         compare(RewardModelEvaluator(tiny_reward_model, "cpu"), QUESTION, ["Red.", " "])
-    refusing = Path(shutil.copytree(tiny_reward_model, tmp_path / "refusing"))
-    template = refusing / "chat_template.jinja"
-    words = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-    template.write_text(words + template.read_text())
+    refusing = refuse_system_turns(tiny_reward_model, tmp_path / "refusing")
     with pytest.raises(InputError, match=r"^the prompt: .* can not read it: .*no system role"):
         compare(RewardModelEvaluator(refusing, "cpu"), [{"role": "system", "content": "x"}, *QUESTION], ["a", "b"])
 

@@ -2,9 +2,9 @@
 
 import json
 import os
+import re
 import shutil
 import signal
-import socket
 import sys
 import time
 import urllib.request
@@ -13,7 +13,7 @@ from pathlib import Path
 import gradio  # noqa: F401  # once, and not in every forked server
 import numpy as np
 import pytest
-from conftest import ROOT, forked, run_main
+from conftest import ROOT, forked, free_port, given, run_main
 from PIL import Image
 from playwright.sync_api import expect, sync_playwright
 
@@ -70,9 +70,7 @@ def serve(tmp_path):
     servers = []
 
     def start(*arguments) -> tuple:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         output = tmp_path / f"server-{port}"
         servers.append(forked(ROOT / "reward_model_app.py", [*arguments, "--port", port], output=output))
         for _ in range(PATIENCE // 100):
@@ -91,35 +89,29 @@ def serve(tmp_path):
 
 
 @pytest.fixture
-def flags(tiny_model, tiny_reward_model, prepared, tmp_path):
-    """Flags of a page on tiny models; votes go to `tmp_path`."""
-    return {
-        "--reward_model": tiny_reward_model,
-        "--sft_model": tiny_model,
-        "--data": prepared,
-        "--votes": tmp_path / "votes.jsonl",
-        "--max_new_tokens": 8,
-    }
+def flags(page_flags) -> dict:
+    return page_flags | {"--max_new_tokens": 8}
 
 
-def given(flags: dict) -> list:
-    return [each for pair in flags.items() for each in pair]
+def field(tab, name: str):
+    """A text field, of one line or of several."""
+    return tab.locator(f"#{name} textarea, #{name} input")
 
 
 def begin(tab, voter: str, ready: str = "Who is better?") -> None:
     """Begin a duel, and wait until it can be voted on."""
-    tab.locator("#voter input, #voter textarea").fill(voter)
+    field(tab, "voter").fill(voter)
     tab.locator("#new-duel").click()
     wait_until_said(tab, ready)
     expect(tab.locator("#left")).to_be_enabled(timeout=PATIENCE)
 
 
 def said(tab, name: str = "status") -> str:
-    return tab.locator(f"#{name} textarea, #{name} input").input_value()
+    return field(tab, name).input_value()
 
 
 def wait_until_said(tab, words: str, name: str = "status") -> None:
-    expect(tab.locator(f"#{name} textarea, #{name} input")).to_have_value(words, timeout=PATIENCE)
+    expect(field(tab, name)).to_have_value(words, timeout=PATIENCE)
 
 
 def wait_for_error(tab, words: str) -> None:
@@ -127,7 +119,7 @@ def wait_for_error(tab, words: str) -> None:
 
 
 def wait_until_saved(tab) -> None:
-    tab.wait_for_function("document.querySelector('#status textarea, #status input').value.startsWith('Saved')")
+    expect(field(tab, "status")).to_have_value(re.compile("^Saved"), timeout=PATIENCE)
 
 
 def test_scores_stay_with_their_answers_and_a_script_stays_text(
@@ -135,7 +127,7 @@ def test_scores_stay_with_their_answers_and_a_script_stays_text(
 ):
     _, port = serve(*given(flags))
     tab = open_tab(port, 0)
-    tab.locator("#models textarea, #models input").fill(f"{tiny_reward_model}\n{other_reward_model}")
+    field(tab, "models").fill(f"{tiny_reward_model}\n{other_reward_model}")
     tab.locator("#prompt textarea").fill(f"Say {SCRIPT}")
     tab.locator("#count input[type=number]").fill("3")
     tab.locator("#count input[type=number]").press("Tab")
@@ -153,7 +145,7 @@ def test_scores_stay_with_their_answers_and_a_script_stays_text(
     tab.locator("#score-them").click()
     wait_for_error(tab, "Answer C is empty")
     tab.locator("#answer-C textarea").fill("Red.")
-    tab.locator("#models textarea, #models input").fill(SCRIPT)
+    field(tab, "models").fill(SCRIPT)
     tab.locator("#score-them").click()
     wait_for_error(tab, SCRIPT)
     assert tab.evaluate("window.hit") is None
@@ -211,7 +203,7 @@ def test_two_people_and_two_processes_lose_no_vote(serve, open_tab, flags):
     (_, port), (_, other) = serve(*given(flags)), serve(*given(flags))
     tabs = [open_tab(port, 1), open_tab(port, 1), open_tab(other, 1)]
     for number, tab in enumerate(tabs):  # all wait at once
-        tab.locator("#voter input, #voter textarea").fill(f"voter {number}")
+        field(tab, "voter").fill(f"voter {number}")
         tab.locator("#new-duel").click()
     for tab in tabs:
         wait_until_said(tab, "Who is better?")
@@ -233,7 +225,7 @@ def test_no_name_and_a_full_disk_are_told_and_the_duel_stays(serve, open_tab, fl
     begin(tab, "")
     tab.locator("#left").click()
     wait_for_error(tab, "Enter your name first")
-    tab.locator("#voter input, #voter textarea").fill("Ada")
+    field(tab, "voter").fill("Ada")
     tab.locator("#left").click()
     wait_for_error(tab, "Your vote was not saved, and the duel is still there.")
     (disk / "filling").unlink()
@@ -242,8 +234,8 @@ def test_no_name_and_a_full_disk_are_told_and_the_duel_stays(serve, open_tab, fl
     votes, broken = read_votes(flags["--votes"])
     assert ([vote["voter"] for vote in votes], broken) == (["Ada"], 0)
     # A duel that can not be is told and over.
-    tab.locator("#typed input, #typed textarea").fill("User: Hi\n\nAssistant: Hello!")
-    tab.locator("#typed input, #typed textarea").blur()
+    field(tab, "typed").fill("User: Hi\n\nAssistant: Hello!")
+    field(tab, "typed").blur()
     tab.locator("#new-duel").click()
     wait_for_error(tab, "must end with a user turn")
     wait_until_said(tab, "There is no duel to vote on; begin a new one.")
@@ -256,21 +248,20 @@ def test_a_broken_reward_model_loses_no_vote(serve, open_tab, flags, tmp_path):
     tab = open_tab(port, 1)
     begin(tab, "Ada")
     tab.locator("#tie").click()
-    tab.wait_for_function("document.querySelector('#note textarea, #note input').value.includes('judge')")
+    expect(field(tab, "note")).to_have_value(re.compile("judge"), timeout=PATIENCE)
     assert said(tab, "note").startswith("1 votes in")
     assert len(read_votes(flags["--votes"])[0]) == 1
 
 
 def test_the_page_speaks_the_language_of_the_browser(serve, open_tab, flags, monkeypatch):
-    monkeypatch.setattr(
-        sys, "ps1", "In [1]: ", raising=False
-    )  # as where IPython was loaded: the page stays all the same
+    # As where IPython was loaded: the page stays all the same.
+    monkeypatch.setattr(sys, "ps1", "In [1]: ", raising=False)
     _, port = serve(*given(flags))
     tab = open_tab(port, 1, "ru-RU")
     expect(tab.get_by_role("tab").nth(0)).to_have_text("Оценка")
     expect(tab.locator("#new-duel")).to_have_text("Новая дуэль")
     begin(tab, "Ада", "Какой ответ лучше?")
-    tab.locator("#voter input, #voter textarea").fill("")
+    field(tab, "voter").fill("")
     # The key of T, which is another letter there.
     press = "document.body.dispatchEvent(new KeyboardEvent('keydown', {key: 'е', code: 'KeyT', bubbles: true}))"
     tab.evaluate(press)

@@ -4,10 +4,15 @@ import importlib.util
 import json
 import shutil
 import socket
+import weakref
 
 import gradio as gr
 import pytest
-from conftest import names_of, parse, run_main
+from conftest import given, names_of, parse, run_main
+
+from reward_pipeline.page import Arena, counted
+from reward_pipeline.page_texts import translator
+from reward_pipeline.votes import Duel, append_vote, vote_row
 
 
 def ends_with(script_arguments, monkeypatch, capsys) -> str:
@@ -21,26 +26,12 @@ def ends_with(script_arguments, monkeypatch, capsys) -> str:
 
 
 @pytest.fixture
-def flags(tiny_model, tiny_reward_model, prepared, tmp_path):
-    return {
-        "--reward_model": tiny_reward_model,
-        "--sft_model": tiny_model,
-        "--data": prepared,
-        "--votes": tmp_path / "votes.jsonl",
-    }
-
-
-@pytest.fixture
 def launched(monkeypatch):
     """What the script would serve."""
     calls = []
     monkeypatch.setattr(gr.Blocks, "launch", lambda page, **options: calls.append(options))
     monkeypatch.setattr(gr.Blocks, "block_thread", lambda page: None)
     return calls
-
-
-def given(flags: dict, *more) -> list:
-    return [each for pair in flags.items() for each in pair] + [*more]
 
 
 @pytest.mark.parametrize(
@@ -74,38 +65,50 @@ def test_without_gradio_it_says_what_to_install(monkeypatch, capsys):
         ({"--votes": "."}, "name another file of votes"),
     ],
 )
-def test_what_is_not_there_is_told(change, words, flags, monkeypatch, capsys, launched):
-    assert words in ends_with(given(flags | change), monkeypatch, capsys)
+def test_what_is_not_there_is_told(change, words, page_flags, monkeypatch, capsys, launched):
+    assert words in ends_with(given(page_flags | change), monkeypatch, capsys)
     assert not launched
 
 
-def test_a_taken_port_is_told(flags, monkeypatch, capsys):
+def test_a_taken_port_is_told(page_flags, monkeypatch, capsys):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
         port = taken.getsockname()[1]
-        assert f"--port {port}" in ends_with(given(flags, "--port", port), monkeypatch, capsys)
+        assert f"--port {port}" in ends_with(given(page_flags, "--port", port), monkeypatch, capsys)
 
 
-def test_it_is_for_this_machine_alone(flags, monkeypatch, capsys, launched):
-    run_main("reward_model_app", monkeypatch, *given(flags))
+def test_it_is_for_this_machine_alone(page_flags, monkeypatch, capsys, launched):
+    run_main("reward_model_app", monkeypatch, *given(page_flags))
     (options,) = launched
     assert (options["server_name"], options["share"]) == ("127.0.0.1", False)
     assert "(temperature 1) and " in capsys.readouterr().out  # no policy: the SFT model on both sides
 
 
-def test_a_policy_fights_the_sft_model(flags, tiny_model, tmp_path, monkeypatch, capsys, launched):
+def test_a_policy_fights_the_sft_model(page_flags, tiny_model, tmp_path, monkeypatch, capsys, launched):
     policy = shutil.copytree(tiny_model, tmp_path / "policy")
-    run_main("reward_model_app", monkeypatch, *given(flags, "--policy", policy))
+    run_main("reward_model_app", monkeypatch, *given(page_flags, "--policy", policy))
     assert f"In the arena: {tiny_model} and {policy}; 8 prompts." in capsys.readouterr().out
 
 
-def test_files_of_answers_bring_their_prompts(flags, write_jsonl, monkeypatch, capsys, launched):
+def test_files_of_answers_bring_their_prompts(page_flags, write_jsonl, monkeypatch, capsys, launched):
     rows = [{"prompt": f"Name river {number}.", "response": "Volga"} for number in range(3)]
     files = [write_jsonl(rows, "a.jsonl"), write_jsonl(rows[1:], "b.jsonl")]
-    flags["--reward_model"] = "none"
-    run_main("reward_model_app", monkeypatch, *given(flags, "--arena", *files))
+    page_flags["--reward_model"] = "none"
+    run_main("reward_model_app", monkeypatch, *given(page_flags, "--arena", *files))
     assert f"In the arena: {files[0]} and {files[1]}; 2 prompts." in capsys.readouterr().out
+
+
+def test_a_result_that_can_not_be_written_hides_no_vote(tmp_path):
+    duel = Duel([{"role": "user", "content": "Hi"}], "Hello!", "No.", "m", "n")
+    append_vote(tmp_path / "votes.jsonl", vote_row(duel, "left", "Ada"))
+    lock = tmp_path / ".votes.jsonl.lock"
+    lock.unlink(missing_ok=True)
+    lock.mkdir()
+    arena = Arena([], [], tmp_path / "votes.jsonl", None, None)
+    table, note = counted(arena, weakref.WeakKeyDictionary(), None, translator("en"))
+    assert table["voter"].tolist() == ["Ada"] and ".lock" in note
+    assert not (tmp_path / "votes.results.json").exists()
 
 
 def test_settings_come_from_a_file_too(tmp_path):

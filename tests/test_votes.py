@@ -3,13 +3,11 @@
 import datetime
 import json
 import os
-import shutil
 import signal
-from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import FORK, run_main
+from conftest import FORK, refuse_system_turns, run_main
 from datasets import concatenate_datasets, load_from_disk
 
 from reward_pipeline.evaluator import RewardModelEvaluator
@@ -338,10 +336,7 @@ def test_the_judge_is_asked_about_decided_votes_once():
 
 
 def test_a_vote_that_the_template_refuses_keeps_the_judge_from_no_other(tmp_path, tiny_reward_model):
-    refusing = Path(shutil.copytree(tiny_reward_model, tmp_path / "refusing"))
-    template = refusing / "chat_template.jinja"
-    words = "{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}"
-    template.write_text(words + template.read_text())
+    refusing = refuse_system_turns(tiny_reward_model, tmp_path / "refusing")
     refused = vote("left", prompt="q1", texts=("Red.", "Seven."))
     refused["prompt"] = [{"role": "system", "content": "Be brief."}, *refused["prompt"]]
     margins = judge_votes(RewardModelEvaluator(refusing, "cpu"), [refused, vote("left", prompt="q2")], {})
